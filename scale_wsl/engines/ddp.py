@@ -1,0 +1,90 @@
+"""The `ddp` engine: every rank holds the whole trunk, gradients are averaged by DistributedDataParallel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from scale_wsl.engines.base import Engine, StepResult, clip_coefficient, scale_gradient, square_norm
+from scale_wsl.engines.world import World
+
+__all__ = ["DDPEngine"]
+
+
+class DDPEngine(Engine):
+    """DistributedDataParallel around the trunk; on one rank, the trunk itself."""
+
+    def __init__(self, trunk: nn.Module, optimizer: torch.optim.SGD, world: World, precision: str) -> None:
+        self.trunk = trunk
+        self.optimizer = optimizer
+        self.gradient_divisor = world.size
+        self.device = world.device
+        self.autocast = precision == "bf16"
+        # Buffers are BatchNorm statistics: per rank while training, combined by the trainer's stated rule.
+        self.wrapped: nn.Module = (
+            DistributedDataParallel(
+                trunk,
+                device_ids=[world.device] if world.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+            if world.size > 1 and any(parameter.requires_grad for parameter in trunk.parameters())
+            else trunk
+        )
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Gradients stay on their rank until the last micro-batch of a step."""
+        wrapped = self.wrapped
+        with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
+            yield
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features `[N, D]`; see `Engine.forward`."""
+        training = self.trunk.training and torch.is_grad_enabled()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            features: Tensor = (self.wrapped if training else self.trunk)(images)
+        return scale_gradient(features, self.gradient_divisor) if training else features
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine.backward`."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, learning_rate: float, head_square_norm: Tensor, max_norm: float) -> StepResult:
+        """See `Engine.step`."""
+        gradients = [parameter.grad for parameter in self.trunk.parameters() if parameter.grad is not None]
+        norm = math.sqrt(float(square_norm(gradients, self.device) + head_square_norm))
+        applied = math.isfinite(norm)
+        if applied:
+            coefficient = clip_coefficient(norm, max_norm)
+            if coefficient < 1.0:
+                torch._foreach_mul_(gradients, coefficient)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(norm, applied)
+
+    def trunk_tensors(self) -> dict[str, Tensor]:
+        """See `Engine.trunk_tensors`."""
+        return dict(self.trunk.state_dict())
+
+    def momentum(self) -> dict[str, Tensor]:
+        """See `Engine.momentum`."""
+        buffers = {}
+        for name, parameter in self.trunk.named_parameters():
+            if parameter.requires_grad:
+                buffer = self.optimizer.state[parameter].get("momentum_buffer")
+                buffers[name] = torch.zeros_like(parameter) if buffer is None else buffer
+        return buffers
+
+    def load_momentum(self, momentum: dict[str, Tensor]) -> None:
+        """See `Engine.load_momentum`."""
+        for name, parameter in self.trunk.named_parameters():
+            if parameter.requires_grad:
+                self.optimizer.state[parameter]["momentum_buffer"] = momentum[name].to(parameter, copy=True)

@@ -1,0 +1,197 @@
+"""The pretraining recipe, and everything that can be known - or refused - before any rank talks to another.
+
+`prepare_job` opens the data, resolves the ds_config and reads the checkpoint's meta without one collective, so a mistake
+is found in a second and every rank can stop with the same sentence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scale_wsl.corpus.shards import Dataset
+from scale_wsl.engines import ds_config
+from scale_wsl.engines.base import EngineConfig
+from scale_wsl.engines.world import World
+from scale_wsl.errors import UserError
+from scale_wsl.loading.loader import DataConfig
+from scale_wsl.loading.order import Order
+from scale_wsl.models.head import HeadConfig
+from scale_wsl.models.resnext import ModelConfig
+from scale_wsl.recipe import section, setting
+from scale_wsl.training import checkpoint, failure
+from scale_wsl.training.checkpoint import CheckpointConfig
+from scale_wsl.training.evaluate import EvaluateConfig
+from scale_wsl.training.schedule import BatchConfig, Duration, LearningRate, OptimConfig, ScheduleConfig
+from scale_wsl.training.tracking import TrackingConfig
+
+__all__ = ["Job", "PretrainRecipe", "RunConfig", "prepare_job"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Section `run`: what this run is called and where it lives."""
+
+    name: str = setting("pretrain", "name of the run, in MLflow too")
+    folder: str = setting("", "folder of the run (checkpoints, pictures, spool); empty: runs/<run.name>")
+    seed: int = setting(0, "seed of weights, order and augmentation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRecipe:
+    """A pretraining run."""
+
+    run: RunConfig = section(RunConfig)
+    data: DataConfig = section(DataConfig)
+    model: ModelConfig = section(ModelConfig)
+    head: HeadConfig = section(HeadConfig)
+    engine: EngineConfig = section(EngineConfig)
+    batch: BatchConfig = section(BatchConfig)
+    optim: OptimConfig = section(OptimConfig)
+    schedule: ScheduleConfig = section(ScheduleConfig)
+    evaluate: EvaluateConfig = section(EvaluateConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    tracking: TrackingConfig = section(TrackingConfig)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.folder or f"runs/{self.run.name}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe that has been checked against the data, the world and the checkpoint that it resumes from."""
+
+    recipe: PretrainRecipe
+    train: Dataset
+    validation: Dataset
+    order: Order
+    batch: ds_config.BatchSizes
+    total: int  # samples to process in all
+    learning_rate: LearningRate
+    deepspeed: dict[str, Any] | None
+    resume: tuple[Path, checkpoint.Meta] | None
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.recipe.folder
+
+    def samples(self, duration: str, key: str) -> int:
+        """A duration of the recipe as a position of the global sample counter."""
+        parsed = Duration.parse(duration, key)
+        return parsed.samples(batch=self.batch.total, epoch_start=self.order.epoch_start, whole=self.total)
+
+    def epochs(self, samples: int) -> float:
+        """Epochs done at a position; epochs differ in length under resampling."""
+        epoch, index = self.order.locate(samples)
+        start = self.order.epoch_start(epoch)
+        return epoch + index / (self.order.epoch_start(epoch + 1) - start)
+
+    def crossed(self, duration: str, key: str, before: int, after: int) -> bool:
+        """Whether a multiple of a duration lies in (before, after]."""
+        parsed = Duration.parse(duration, key)
+        if parsed.count <= 0:
+            return False
+        if parsed.unit == "epoch":
+            return int(self.epochs(after) / parsed.count) > int(self.epochs(before) / parsed.count)
+        interval = max(1, self.samples(duration, key))
+        return after // interval > before // interval
+
+
+def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
+    """Check a recipe against its surroundings; uses no collective.
+
+    Raises:
+        UserError: data that is missing, damaged or of two vocabularies; a ds_config that contradicts the recipe; a
+            checkpoint that does not fit; a run folder that cannot be written.
+    """
+    train = _open(recipe.data.train, "data.train")
+    validation = _open(recipe.data.validation, "data.validation")
+    if train.vocabulary_hash != validation.vocabulary_hash:
+        raise UserError(
+            f"{recipe.data.train} and {recipe.data.validation} have different vocabularies "
+            f"({train.vocabulary_hash[:12]} and {validation.vocabulary_hash[:12]}): prepare them together"
+        )
+    if recipe.head.group_size and world.size % recipe.head.group_size:
+        raise UserError(f"head.group_size is {recipe.head.group_size}, but must divide the {world.size} ranks of this run")
+    order = Order.of(
+        train, seed=recipe.run.seed, resampling=recipe.data.resampling, threshold=recipe.data.threshold
+    )
+    batch = ds_config.BatchSizes(recipe.batch.micro, recipe.batch.accumulation, world.size)
+    length = Duration.parse(recipe.schedule.length, "schedule.length")
+    total = length.samples(batch=batch.total, epoch_start=order.epoch_start)
+    if total < 1:
+        raise UserError(f"schedule.length is {recipe.schedule.length!r}, which is no training at all")
+    warm_up = Duration.parse(recipe.schedule.warm_up, "schedule.warm_up").samples(
+        batch=batch.total, epoch_start=order.epoch_start, whole=total
+    )
+    learning_rate = LearningRate.of(recipe.optim, recipe.schedule, batch=batch.total, warm_up=warm_up, total=total)
+    job = Job(
+        recipe=recipe,
+        train=train,
+        validation=validation,
+        order=order,
+        batch=batch,
+        total=total,
+        learning_rate=learning_rate,
+        deepspeed=_deepspeed(recipe, batch, learning_rate.peak),
+        resume=_resume(recipe, train, order),
+    )
+    if world.is_main:
+        try:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            failure.clear(job.folder)
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {job.folder}: {error.strerror}") from None
+    return job
+
+
+def _open(folder: str, key: str) -> Dataset:
+    if not folder:
+        raise UserError(f"{key} is empty, but must be the folder of a prepared data set (scale-wsl prepare --help)")
+    return Dataset.open(folder)
+
+
+def _deepspeed(recipe: PretrainRecipe, batch: ds_config.BatchSizes, peak: float) -> dict[str, Any] | None:
+    if recipe.engine.name != "deepspeed":
+        if recipe.engine.ds_config:
+            raise UserError(f"engine.ds_config is set, but engine.name is {recipe.engine.name}: set engine.name=deepspeed")
+        return None
+    if not recipe.engine.ds_config:
+        raise UserError("engine.name=deepspeed needs a ds_config: pass --ds_config zero2.json, or set engine.ds_config")
+    path = ds_config.find(recipe.engine.ds_config)
+    optim = recipe.optim
+    return ds_config.resolve(
+        ds_config.read(path),
+        str(path),
+        batch=batch,
+        optimizer={
+            "lr": peak,
+            "momentum": optim.momentum,
+            "nesterov": optim.nesterov,
+            "weight_decay": optim.weight_decay,
+        },
+        clip=optim.clip,
+        precision=recipe.engine.precision,
+    )
+
+
+def _resume(recipe: PretrainRecipe, train: Dataset, order: Order) -> tuple[Path, checkpoint.Meta] | None:
+    path = checkpoint.resume_from(recipe.checkpoint, recipe.folder / "checkpoints")
+    if path is None:
+        return None
+    meta = checkpoint.read_meta(path)
+    if meta.vocabulary_hash != train.vocabulary_hash:
+        raise UserError(
+            f"{path} was trained with the vocabulary {meta.vocabulary_hash[:12]}, but {train.folder} has "
+            f"{train.vocabulary_hash[:12]}: its head's rows mean other hashtags; use the data set it was trained on"
+        )
+    if meta.order != order.identity:
+        raise UserError(
+            f"{path} stopped in the middle of another sequence of images ({meta.order}) than this recipe's "
+            f"({order.identity}): keep data.train, data.resampling, data.threshold and run.seed"
+        )
+    return path, meta

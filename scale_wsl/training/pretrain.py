@@ -1,0 +1,98 @@
+"""Pretraining, from the command line to the last checkpoint: what `recipes/pretrain.py` calls on every rank."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from scale_wsl.engines.base import sgd
+from scale_wsl.engines.build import build_engine
+from scale_wsl.engines.world import World, agree, joined_world
+from scale_wsl.errors import UserError
+from scale_wsl.loading.loader import EvalLoader, TrainLoader
+from scale_wsl.models.head import ShardedHead, head_mesh
+from scale_wsl.models.resnext import build_trunk
+from scale_wsl.recipe import describe, load_recipe, recipe_dict, recipe_yaml
+from scale_wsl.training import checkpoint
+from scale_wsl.training.evaluate import Evaluator
+from scale_wsl.training.failure import first_failure_speaks
+from scale_wsl.training.job import Job, PretrainRecipe, prepare_job
+from scale_wsl.training.loop import Counter, Trainer
+from scale_wsl.training.preemption import Preemption
+from scale_wsl.training.tracking import Tracker, environment
+
+__all__ = ["main", "read_arguments"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong option as every other mistake is reported: on all ranks together, in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists what there is)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="pretrain.py",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Pretrain a ResNeXt on hashtagged images. Start it with python (one rank), torchrun or deepspeed.",
+        epilog="Every key of a recipe, with its default:\n\n" + describe(PretrainRecipe),
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that overrule the recipe's")
+    parser.add_argument("--recipe", metavar="FILE", help="recipe (YAML); default: recipes/pretrain/emoji.yaml")
+    parser.add_argument(
+        "--ds_config", "--deepspeed_config", metavar="FILE", help="DeepSpeed's JSON file; sets engine.name=deepspeed"
+    )
+    parser.add_argument("--resume", metavar="auto|FOLDER", help="the same as checkpoint.resume=...")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    return parser
+
+
+def read_arguments(argv: Sequence[str], default_recipe: Path) -> PretrainRecipe:
+    """The recipe that a command line means.
+
+    Raises:
+        UserError: an unknown option, or whatever `load_recipe` finds.
+    """
+    arguments, extra = _parser().parse_known_args(argv)
+    unknown = [word for word in extra if word.startswith("-")]
+    if unknown:
+        raise UserError(f"there is no option {unknown[0]}; --help lists what there is")
+    overrides = [*arguments.overrides, *extra]  # argparse leaves positionals that follow an option to `extra`
+    if arguments.ds_config:
+        overrides += ["engine.name=deepspeed", f"engine.ds_config={arguments.ds_config}"]
+    if arguments.resume:
+        overrides.append(f"checkpoint.resume={arguments.resume}")
+    return load_recipe(PretrainRecipe, arguments.recipe or default_recipe, overrides)
+
+
+def main(argv: Sequence[str], default_recipe: Path) -> int:
+    """Run a pretraining job on this rank; returns the exit code: 0 done or preempted, 2 a user's mistake."""
+    if {"-h", "--help"} & set(argv):
+        if os.environ.get("RANK", "0") == "0":
+            _parser().print_help()
+        return 0
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with joined_world() as world:
+        try:
+            with agree(world):
+                job = prepare_job(read_arguments(argv, default_recipe), world)
+            with first_failure_speaks(job.folder, world.rank, world.size):
+                run(job, world)
+        except UserError as error:
+            if world.is_main:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            dist.barrier()  # a launcher that sees one rank end stops the others: let the sentence out first
+            return 2
+    return 0
