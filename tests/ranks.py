@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -37,6 +38,7 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
+    warnings.simplefilter("error")  # as in the tests' own process
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo")

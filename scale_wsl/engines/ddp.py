@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,11 @@ from scale_wsl.engines.base import Engine, StepResult, clip_coefficient, scale_g
 from scale_wsl.engines.world import World
 
 __all__ = ["DDPEngine"]
+
+# PyTorch 2.14 deprecates the second name for the first, which 2.9 does not have yet.
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
+_NO_BUFFER_SYNC: dict[str, Any] = {_SYNC_BUFFERS: False}
 
 
 class DDPEngine(Engine):
@@ -30,8 +37,8 @@ class DDPEngine(Engine):
             DistributedDataParallel(
                 trunk,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                **_NO_BUFFER_SYNC,
             )
             if world.size > 1 and any(parameter.requires_grad for parameter in trunk.parameters())
             else trunk

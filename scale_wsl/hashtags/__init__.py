@@ -1,0 +1,10 @@
+"""From the text of a tag to a canonical hashtag to a vocabulary."""
+
+from __future__ import annotations
+
+from scale_wsl.hashtags.explain import explain
+from scale_wsl.hashtags.normalize import normalize, normalize_all
+from scale_wsl.hashtags.vocabulary import Entry, Vocabulary, VocabularyReport
+from scale_wsl.hashtags.wordnet import WordNet
+
+__all__ = ["Entry", "Vocabulary", "VocabularyReport", "WordNet", "explain", "normalize", "normalize_all"]

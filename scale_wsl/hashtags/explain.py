@@ -1,0 +1,89 @@
+"""Says in plain words why a hashtag is where it is; what `scale-wsl vocab explain` prints.
+
+Must never decide anything: it only tells what normalising, WordNet and the vocabulary decided.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from scale_wsl.hashtags.normalize import examine, normalize
+
+if TYPE_CHECKING:
+    from scale_wsl.hashtags.vocabulary import Vocabulary
+    from scale_wsl.hashtags.wordnet import Reading, WordNet
+
+__all__ = ["explain"]
+
+
+def explain(text: str, wordnet: WordNet, vocabulary: Vocabulary | None = None) -> str:
+    """Normal form, how WordNet reads it, its synsets, what it merges with, and its place in a vocabulary, if given.
+
+    Lines of text without a final newline; `text` is whatever the user typed, shown with its control characters escaped.
+    """
+    hashtag, reason = examine(text)
+    if hashtag is None:
+        return f"{_shown(text)} is not a hashtag: {reason}."
+    reading = wordnet.read(hashtag)
+    lines = [f"{_shown(text)} -> {hashtag}", *_wordnet_lines(reading, wordnet)]
+    if vocabulary is not None:
+        lines.append(f"vocabulary  {_place(reading, vocabulary)}")
+    return "\n".join(lines)
+
+
+def _wordnet_lines(reading: Reading, wordnet: WordNet) -> list[str]:
+    if reading.how == "unknown":
+        return ["WordNet     no noun: neither a lemma nor a form of one, so it has no canonical form and is dropped"]
+    number = len(reading.synsets)
+    if reading.how == "lemma":
+        found = "a lemma, written " + ", ".join(map(_words, wordnet.spellings(reading.hashtag)))
+    else:
+        found = f"an {reading.how} of {' and '.join(reading.bases)}"
+    senses = "one sense" if number == 1 else f"ambiguous: {number} senses, and it stands for all of them"
+    lines = [f"WordNet     {found}; {senses}"]
+    merging: set[str] = set()
+    for wnid in sorted(reading.synsets):
+        lemmas = wordnet.lemmas(wnid)
+        above = ", ".join(_words(wordnet.lemmas(hypernym)[0]) for hypernym in wordnet.hypernyms(wnid))
+        lines.append(f"  {wnid} {', '.join(map(_words, lemmas))}" + (f"  (a kind of {above})" if above else ""))
+        merging |= {form for lemma in lemmas if (form := normalize(lemma)) is not None}
+    same = sorted(form for form in merging - {reading.hashtag} if wordnet.synsets(form) == reading.synsets)
+    lines.append(f"merges with {', '.join(same) if same else 'no other lemma'} (exactly the same senses)")
+    return lines
+
+
+def _place(reading: Reading, vocabulary: Vocabulary) -> str:
+    hashtag = reading.hashtag
+    if (index := vocabulary.index(hashtag)) is not None:
+        entry = vocabulary.entries[index]
+        merged = f"; merged there: {', '.join(entry.raw)}" if len(entry.raw) > 1 else ""
+        return f"#{entry.hashtag}, index {index} of {len(vocabulary)}, on {_images(entry.count)}{merged}"
+    if hashtag in vocabulary.stop:
+        return "no place: it is on the stop list"
+    if not reading.synsets:
+        return "no place: no noun synset"
+    if (index := vocabulary.index_of_synsets(reading.synsets)) is not None:
+        entry = vocabulary.entries[index]
+        return f"no place: no image had it in this spelling; the same senses are #{entry.hashtag}, index {index}"
+    if vocabulary.size is not None and len(vocabulary) == vocabulary.size:
+        last = vocabulary.entries[-1]
+        return (
+            f"no place: it ranks below the last of the {len(vocabulary)} hashtags kept, "
+            f"#{last.hashtag} on {_images(last.count)}"
+        )
+    if vocabulary.min_count == 1:
+        return "no place: no image has it"
+    return f"no place: it is on fewer than {_images(vocabulary.min_count)} (min_count)"
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
+
+
+def _words(lemma: str) -> str:
+    return lemma.replace("_", " ")
+
+
+def _shown(text: str) -> str:
+    """`text` in quotes, cut short, with nothing in it that a terminal would obey."""
+    return repr(text if len(text) <= 120 else text[:117] + "...")

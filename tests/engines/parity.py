@@ -1,0 +1,137 @@
+"""The runs that engines are compared on: the real Trainer over made-up batches, and float64 without any engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from scale_wsl.engines import ds_config
+from scale_wsl.engines.base import EngineConfig, decay_groups, sgd
+from scale_wsl.engines.build import build_engine
+from scale_wsl.engines.world import World
+from scale_wsl.loading.decode import normalize
+from scale_wsl.loading.loader import Batch
+from scale_wsl.models.head import ShardedHead, head_mesh
+from scale_wsl.models.resnext import ModelConfig, build_trunk
+from scale_wsl.training.loop import Counter, Trainer
+from scale_wsl.training.preemption import Preemption
+from scale_wsl.training.schedule import LearningRate, OptimConfig
+
+GLOBAL_BATCH = 16
+LABELS = 11  # uneven over 2 and 4 ranks
+MODEL = ModelConfig(depth=26, groups=4, width=4, norm="group", norm_groups=8)
+RATE = LearningRate(start=0.001, peak=0.01, warm_up=5 * GLOBAL_BATCH, total=20 * GLOBAL_BATCH, halvings=3)
+ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
+SEED = 3
+
+
+def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, ids and mass of a step's global batch; one row has no label, as a corrupt image's."""
+    numbers = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (GLOBAL_BATCH, 3, 32, 32), generator=numbers, dtype=torch.uint8)
+    ids = torch.full((GLOBAL_BATCH, 3), -1)
+    for row in range(GLOBAL_BATCH):
+        count = (row + step) % 4
+        ids[row, :count] = torch.randperm(LABELS, generator=numbers)[:count]
+    counts = (ids >= 0).sum(1, keepdim=True)
+    mass = torch.where(ids >= 0, 1 / counts.clamp(min=1), 0.0).float()
+    return images, ids, mass
+
+
+def micro_batches(accumulation: int, start: int = 0) -> Iterator[Batch]:
+    """This rank's share of every step, dealt as the loader deals it."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    micro = GLOBAL_BATCH // accumulation // world
+    step = start
+    while True:
+        images, ids, mass = global_batch(step)
+        for number in range(accumulation):
+            first = (number * world + rank) * micro
+            rows = slice(first, first + micro)
+            yield Batch(images[rows], ids[rows], mass[rows], torch.arange(first, first + micro))
+        step += 1
+
+
+def make_trainer(
+    name: str,
+    *,
+    accumulation: int,
+    clip: float,
+    model: ModelConfig = MODEL,
+    precision: str = "fp32",
+    group_size: int = 0,
+) -> Trainer:
+    """A trainer on this rank, its engine named as in `ENGINES`."""
+    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+    optim = OptimConfig(clip=clip)
+    stage = int(name[-1]) if name.startswith("zero") else None
+    config = EngineConfig(name="ddp" if stage is None else "deepspeed", precision=precision)
+    deepspeed = ds_config.resolve(
+        {"zero_optimization": {"stage": stage or 0, "stage3_param_persistence_threshold": 0}},
+        "the test",
+        batch=ds_config.BatchSizes(GLOBAL_BATCH // accumulation // world.size, accumulation, world.size),
+        optimizer={},
+        clip=clip,
+        precision=precision,
+    )
+    settings: dict[str, Any] = {"momentum": optim.momentum, "nesterov": True, "weight_decay": optim.weight_decay}
+    trunk = build_trunk(model, SEED)
+    head = ShardedHead(LABELS, trunk.num_features, mesh=head_mesh(group_size), seed=SEED)
+    return Trainer(
+        engine=build_engine(config, trunk, sgd(trunk, **settings), world, deepspeed),
+        head=head,
+        head_optimizer=sgd(head, **settings),
+        batches=micro_batches(accumulation),
+        accumulation=accumulation,
+        world=world,
+        optim=optim,
+        learning_rate=RATE,
+        max_corrupt=1.0,
+        seed=SEED,
+        counter=Counter(),
+    )
+
+
+def take_steps(trainer: Trainer, steps: int) -> list[float]:
+    """Train and return each step's loss over the global batch."""
+    preemption = Preemption()
+    for _ in range(steps):
+        trainer.step(preemption)
+    losses = torch.stack(trainer.interval.losses).double()
+    trainer.interval.losses.clear()
+    dist.all_reduce(losses)
+    return losses.tolist()
+
+
+def reference_losses(steps: int, clip: float, model: ModelConfig = MODEL) -> list[float]:
+    """The same training in float64 in this process: whole batches, a dense head, plain torch.optim.SGD."""
+    trunk = build_trunk(model, SEED).double()
+    initial = ShardedHead(LABELS, trunk.num_features, mesh=head_mesh(1), seed=SEED)
+    head = torch.nn.Linear(trunk.num_features, LABELS).double()
+    with torch.no_grad():
+        head.weight.copy_(initial.weight)
+        head.bias.copy_(initial.bias)
+    both = torch.nn.ModuleList([trunk, head])
+    optimizer = torch.optim.SGD(decay_groups(both, 1e-4), lr=0.0, momentum=0.9, nesterov=True)
+    losses = []
+    for step in range(steps):
+        images, ids, _ = global_batch(step)
+        targets = torch.zeros(GLOBAL_BATCH, LABELS, dtype=torch.float64)
+        for row, row_ids in enumerate(ids):
+            known = row_ids[row_ids >= 0]
+            targets[row, known] = 1 / max(len(known), 1)
+        logits = head(trunk(normalize(images, torch.float64)))
+        loss = -(targets * F.log_softmax(logits, 1)).sum() / (targets.sum(1) > 0).sum()
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(both.parameters(), clip)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE.at(step * GLOBAL_BATCH)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
