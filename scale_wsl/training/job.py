@@ -1,7 +1,7 @@
 """The pretraining recipe, and everything that can be known - or refused - before any rank talks to another.
 
-`prepare_job` opens the data, resolves the ds_config and reads the checkpoint's meta without one collective, so a mistake
-is found in a second and every rank can stop with the same sentence.
+`prepare_job` opens the data, resolves the ds_config and reads the checkpoint's meta without one collective, so a
+mistake is found in a second and every rank can stop with the same sentence.
 """
 
 from __future__ import annotations
@@ -116,10 +116,10 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
             f"({train.vocabulary_hash[:12]} and {validation.vocabulary_hash[:12]}): prepare them together"
         )
     if recipe.head.group_size and world.size % recipe.head.group_size:
-        raise UserError(f"head.group_size is {recipe.head.group_size}, but must divide the {world.size} ranks of this run")
-    order = Order.of(
-        train, seed=recipe.run.seed, resampling=recipe.data.resampling, threshold=recipe.data.threshold
-    )
+        raise UserError(
+            f"head.group_size is {recipe.head.group_size}, but must divide the {world.size} ranks of this run"
+        )
+    order = Order.of(train, seed=recipe.run.seed, resampling=recipe.data.resampling, threshold=recipe.data.threshold)
     batch = ds_config.BatchSizes(recipe.batch.micro, recipe.batch.accumulation, world.size)
     length = Duration.parse(recipe.schedule.length, "schedule.length")
     total = length.samples(batch=batch.total, epoch_start=order.epoch_start)
@@ -158,7 +158,9 @@ def _open(folder: str, key: str) -> Dataset:
 def _deepspeed(recipe: PretrainRecipe, batch: ds_config.BatchSizes, peak: float) -> dict[str, Any] | None:
     if recipe.engine.name != "deepspeed":
         if recipe.engine.ds_config:
-            raise UserError(f"engine.ds_config is set, but engine.name is {recipe.engine.name}: set engine.name=deepspeed")
+            raise UserError(
+                f"engine.ds_config is set, but engine.name is {recipe.engine.name}: set engine.name=deepspeed"
+            )
         return None
     if not recipe.engine.ds_config:
         raise UserError("engine.name=deepspeed needs a ds_config: pass --ds_config zero2.json, or set engine.ds_config")

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from scale_wsl.engines.base import sgd
-from scale_wsl.engines.build import build_engine
-from scale_wsl.engines.world import World, agree, joined_world
+from scale_wsl.engines.world import agree, joined_world
 from scale_wsl.errors import UserError
-from scale_wsl.loading.loader import EvalLoader, TrainLoader
-from scale_wsl.models.head import ShardedHead, head_mesh
-from scale_wsl.models.resnext import build_trunk
-from scale_wsl.recipe import describe, load_recipe, recipe_dict, recipe_yaml
-from scale_wsl.training import checkpoint
-from scale_wsl.training.evaluate import Evaluator
+from scale_wsl.recipe import describe, load_recipe
 from scale_wsl.training.failure import first_failure_speaks
-from scale_wsl.training.job import Job, PretrainRecipe, prepare_job
-from scale_wsl.training.loop import Counter, Trainer
-from scale_wsl.training.preemption import Preemption
-from scale_wsl.training.tracking import Tracker, environment
+from scale_wsl.training.job import PretrainRecipe, prepare_job
+from scale_wsl.training.session import run
 
 __all__ = ["main", "read_arguments"]
 

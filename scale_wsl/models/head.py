@@ -1,0 +1,260 @@
+"""The hashtag head: a linear classifier whose rows are sharded over a group of ranks, and its softmax cross-entropy.
+
+It stands beside the trunk, outside every engine. Must never gather logits, weights or a dense target: ranks exchange
+features, targets and a few numbers per image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as ShardRows
+
+from scale_wsl.collectives import all_gather_rows, all_reduce, exchange_rows, group_size
+from scale_wsl.errors import UserError
+from scale_wsl.models.sharded_softmax import Shard, khot_cross_entropy, logit_chunks
+from scale_wsl.randomness import derived_seed
+from scale_wsl.recipe import setting
+
+__all__ = ["HeadConfig", "HeadOutput", "ShardedHead", "head_mesh", "initial_rows"]
+
+_BLOCK = 1024  # rows drawn from one seed
+_INITIAL_STD = 0.01  # paper section 5, after Goyal et al. 2017
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """Section `head`: how the classifier's rows are sharded."""
+
+    group_size: int = setting(0, "ranks that share one copy of the head's rows; 0: all; must divide the world size")
+    chunk_rows: int = setting(0, "images whose logits are computed at a time; 0: as many as fit into 64 MiB")
+    bias: bool = setting(True, "whether each hashtag has a bias")
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UserError: a number is negative.
+        """
+        for key in ("group_size", "chunk_rows"):
+            if getattr(self, key) < 0:
+                raise UserError(f"head.{key} is {getattr(self, key)}, but must be 0 or more")
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """What the head says of this rank's images."""
+
+    loss: Tensor  # the sum over this rank's images; ranks add up to the total
+    row_loss: Tensor  # [b], detached
+
+
+def head_mesh(group_size: int = 0, device_type: str = "cpu") -> DeviceMesh | None:
+    """The ranks as a `replica x head` mesh, consecutive ranks sharing a head (collective).
+
+    Args:
+        group_size: ranks that share one copy of the rows; 0: all ranks.
+        device_type: where the head's tensors will be.
+
+    Returns:
+        The mesh, or None where torch.distributed is not initialised: one process that holds all rows.
+
+    Raises:
+        UserError: `group_size` does not divide the world size.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    ranks = group_size or world
+    if world % ranks:
+        raise UserError(f"head.group_size is {group_size}, but must divide the {world} ranks of this run")
+    if not dist.is_initialized():
+        return None
+    return init_device_mesh(device_type, (world // ranks, ranks), mesh_dim_names=("replica", "head"))
+
+
+def initial_rows(seed: int, rows: range, num_features: int) -> Tensor:
+    """Initial weights `[len(rows), num_features]` of these global rows, fp32 on the CPU.
+
+    A pure function of the seed and the row's number: drawn in blocks of 1,024 rows with a seed each, so that every
+    sharding starts from the same head.
+    """
+    weight = torch.empty(len(rows), num_features)
+    for block in range(rows.start // _BLOCK, -(-rows.stop // _BLOCK)) if rows else ():
+        numbers = torch.Generator().manual_seed(derived_seed("init", seed, "head.weight", block))
+        drawn = torch.empty(_BLOCK, num_features).normal_(0.0, _INITIAL_STD, generator=numbers)
+        first, last = max(rows.start, block * _BLOCK), min(rows.stop, (block + 1) * _BLOCK)
+        weight[first - rows.start : last - rows.start] = drawn[first - block * _BLOCK : last - block * _BLOCK]
+    return weight
+
+
+class ShardedHead(nn.Module):
+    """Rows `[start, stop)` of a `V x D` classifier, ceil(V/g) of them on each of a head group's g ranks.
+
+    The last ranks may hold fewer rows or none. All methods that compute are collectives of the head group: every rank
+    of it calls them with the same number of images b and target entries K, and with gradients enabled or not alike.
+
+    The gradient contract: with the same upstream gradient on all ranks of a group (1/L, say), rows and features receive
+    the gradient of the sum of the group's losses - no reduction is left to do inside the group. `sync_gradients` then
+    adds up the replicas'.
+
+    Args:
+        vocabulary_size: classes, V.
+        num_features: D.
+        mesh: from `head_mesh`; None: this process holds all rows.
+        seed: of the initial weights, which are the same for every sharding.
+        dtype: of the parameters.
+        bias: whether each class has a bias, which starts at 0.
+        chunk_rows: images whose logits are computed at a time; 0: as many as fit into 64 MiB.
+
+    Attributes:
+        weight: `[v, D]`, this rank's rows.
+        bias: `[v]`, or None.
+        rows: their global numbers.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_features: int,
+        *,
+        mesh: DeviceMesh | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        bias: bool = True,
+        chunk_rows: int = 0,
+    ) -> None:
+        super().__init__()
+        if vocabulary_size < 1 or num_features < 1:
+            raise ValueError(f"a head needs at least one class and one feature, not {vocabulary_size}, {num_features}")
+        if mesh is None and group_size() > 1:
+            raise ValueError("a head on several ranks needs a mesh (head_mesh)")
+        self.vocabulary_size = vocabulary_size
+        self.num_features = num_features
+        self.mesh = mesh
+        self.replicas = None if mesh is None else mesh.get_group("replica")
+        self.shard = Shard(vocabulary_size, None if mesh is None else mesh.get_group("head"), chunk_rows)
+        self.rows = self.shard.rows
+        self.weight = nn.Parameter(initial_rows(seed, self.rows, num_features).to(dtype))
+        self.bias = nn.Parameter(torch.zeros(len(self.rows), dtype=dtype)) if bias else None
+        self._shapes_agree = False
+
+    @property
+    def group_size(self) -> int:
+        """Ranks that share the rows, g."""
+        return self.shard.size
+
+    @property
+    def replica_count(self) -> int:
+        """Ranks that hold the same rows as this one, itself included."""
+        return group_size(self.replicas)
+
+    def extra_repr(self) -> str:
+        """For `print`."""
+        return f"classes={self.vocabulary_size}, features={self.num_features}, rows={self.rows.start}:{self.rows.stop}"
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def loss(self, features: Tensor, ids: Tensor, mass: Tensor) -> HeadOutput:
+        """The k-hot softmax cross-entropy of this rank's images, summed: the caller divides by what it is a mean over.
+
+        An image without targets (all mass 0) has neither loss nor gradient.
+
+        Args:
+            features: `[b, D]`.
+            ids: int64 `[b, K]`, global class ids, -1 where there is none.
+            mass: fp32 `[b, K]`, the target mass of each id, 0 where there is none; 1/k each in the paper.
+
+        Raises:
+            ValueError: shapes or types that do not fit, or shapes that differ between the ranks of the group, or ids of
+                V and above. Ranks are compared in every call on a CPU; elsewhere, where looking waits for the device,
+                in the first call only, and ids are trusted.
+        """
+        self._check(features, ids, mass)
+        loss, row_loss = khot_cross_entropy(features, self.weight, self.bias, ids, mass, self.shard)
+        return HeadOutput(loss, row_loss)
+
+    def sync_gradients(self) -> None:
+        """Add up the gradients of the ranks that hold the same rows; once, after a step's last micro-batch."""
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                all_reduce(parameter.grad, self.replicas)
+
+    def _check(self, features: Tensor, ids: Tensor, mass: Tensor) -> None:
+        b, K = ids.shape
+        if b < 1 or features.shape != (b, self.num_features) or mass.shape != (b, K):
+            raise ValueError(
+                f"features {list(features.shape)}, ids {list(ids.shape)} and mass {list(mass.shape)} do not fit a head "
+                f"of {self.num_features} features"
+            )
+        if ids.dtype != torch.int64 or mass.dtype != torch.float32:
+            raise ValueError(f"ids must be int64 and mass float32, not {ids.dtype} and {mass.dtype}")
+        on_cpu = features.device.type == "cpu"
+        if on_cpu and ids.numel() and int(ids.max()) >= self.vocabulary_size:
+            raise ValueError(f"class {int(ids.max())} is beyond the {self.vocabulary_size} of this head")
+        if self.group_size > 1 and (on_cpu or not self._shapes_agree):
+            shapes = all_gather_rows(torch.tensor([[b, K]], device=features.device), self.shard.group)
+            if not torch.equal(shapes, shapes[:1].expand_as(shapes)):
+                raise ValueError(f"ranks of one head group have batches of different shapes [b, K]: {shapes.tolist()}")
+            self._shapes_agree = True
+
+    # --- evaluation ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def top_k(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The most probable classes of this rank's images; logits stay where they are.
+
+        Args:
+            features: `[b, D]`.
+            k: how many; all V where there are fewer.
+
+        Returns:
+            Log-probabilities in descending order, and int64 global ids, each `[b, min(k, V)]`.
+        """
+        k, local_k = min(k, self.vocabulary_size), min(k, len(self.rows))
+        pieces = []
+        for _, logits, normaliser in logit_chunks(features, self.weight, self.bias, self.shard):
+            values, places = logits.topk(local_k)
+            found = torch.stack([values - normaliser[:, None], places + self.rows.start], dim=2)
+            pieces.append(F.pad(found.double(), (0, 0, 0, k - local_k), value=-torch.inf))
+        # Ids below 2^53 are exact in float64, so log-probabilities and ids travel together, each rank's to that rank.
+        candidates = exchange_rows(torch.cat(pieces), self.shard.group)
+        candidates = candidates.view(self.group_size, -1, k, 2)
+        values, ids = candidates.transpose(0, 1).flatten(1, 2).unbind(2)  # [b, g*k] each
+        best, places = values.topk(k)
+        return best.to(normaliser.dtype), ids.gather(1, places).long()
+
+    @torch.no_grad()
+    def local_log_probabilities(self, features: Tensor) -> Tensor:
+        """Log-probabilities `[g*b, v]` of the group's images, in rank order, for the classes that this rank holds."""
+        chunks = logit_chunks(features, self.weight, self.bias, self.shard)
+        return torch.cat([logits.sub_(normaliser[:, None]) for _, logits, normaliser in chunks])
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def global_view(self, local: Tensor) -> Tensor:
+        """A tensor of this rank's rows (a parameter, its momentum) as the DTensor of all V rows, sharing memory.
+
+        torch.distributed.checkpoint then saves and loads it by global row, for any other sharding. Without a mesh, the
+        tensor itself.
+        """
+        local = local.detach()
+        if self.mesh is None:
+            return local
+        shape = torch.Size([self.vocabulary_size, *local.shape[1:]])
+        return DTensor.from_local(
+            local,
+            self.mesh,
+            [Replicate(), ShardRows(0)],
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
+        )
+
+    def logical_tensors(self) -> dict[str, Tensor]:
+        """The parameters under their names, as `global_view` makes them."""
+        return {name: self.global_view(parameter) for name, parameter in self.named_parameters()}

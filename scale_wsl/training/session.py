@@ -1,0 +1,225 @@
+"""One pretraining run on one rank: the live objects, and what happens from the first step to the last checkpoint."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from scale_wsl.engines.base import sgd
+from scale_wsl.engines.build import build_engine
+from scale_wsl.engines.world import World
+from scale_wsl.loading.loader import TrainLoader
+from scale_wsl.models.head import ShardedHead, head_mesh
+from scale_wsl.models.resnext import build_trunk, multiply_adds, parameter_count
+from scale_wsl.recipe import recipe_dict, recipe_yaml
+from scale_wsl.training import checkpoint, state
+from scale_wsl.training.environment import environment
+from scale_wsl.training.evaluate import Evaluator
+from scale_wsl.training.job import Job
+from scale_wsl.training.loop import Counter, Trainer
+from scale_wsl.training.preemption import Preemption
+from scale_wsl.training.tracking import Tracker
+
+__all__ = ["Session", "run"]
+
+
+def run(job: Job, world: World) -> None:
+    """Train to the end of the schedule, or until a preemption; every rank calls this together."""
+    session = Session(job, world)
+    tracker = Tracker(job.recipe.tracking, job.folder, run_id=session.run_id) if world.is_main else Tracker.null()
+    with Preemption() as preemption, tracker:
+        try:
+            session.announce(tracker)
+            status = session.train(preemption, tracker)
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+        tracker.finish(status)
+        session.close(tracker)
+
+
+class Session:
+    """The live objects of one run, and what happens between its steps."""
+
+    def __init__(self, job: Job, world: World) -> None:
+        recipe = job.recipe
+        self.job, self.world, self.recipe = job, world, recipe
+        optim: dict[str, Any] = {
+            "momentum": recipe.optim.momentum,
+            "nesterov": recipe.optim.nesterov,
+            "weight_decay": recipe.optim.weight_decay,
+        }
+        trunk = build_trunk(recipe.model, recipe.run.seed)
+        self.head = ShardedHead(
+            len(job.train.vocabulary),
+            trunk.num_features,
+            mesh=head_mesh(recipe.head.group_size, world.device.type),
+            seed=recipe.run.seed,
+            bias=recipe.head.bias,
+            chunk_rows=recipe.head.chunk_rows,
+        ).to(world.device)
+        if job.resume:
+            state.load_weights(job.resume[0], trunk, self.head)
+        self.engine = build_engine(recipe.engine, trunk, sgd(trunk, **optim), world, job.deepspeed)
+        self.head_optimizer = sgd(self.head, **optim)
+        counter, self.run_id = Counter(), ""
+        if job.resume:
+            path, meta = job.resume
+            counter, self.run_id = Counter(meta.step, meta.samples), meta.run_id
+            state.load_momentum(path, self.engine, self.head, self.head_optimizer)
+        self.trainer = Trainer(
+            engine=self.engine,
+            head=self.head,
+            head_optimizer=self.head_optimizer,
+            batches=TrainLoader(
+                job.train,
+                job.order,
+                recipe.data,
+                micro_batch=recipe.batch.micro,
+                accumulation=recipe.batch.accumulation,
+                rank=world.rank,
+                world_size=world.size,
+                start=counter.samples,
+            ),
+            accumulation=recipe.batch.accumulation,
+            world=world,
+            optim=recipe.optim,
+            learning_rate=job.learning_rate,
+            max_corrupt=recipe.data.max_corrupt,
+            seed=recipe.run.seed,
+            counter=counter,
+        )
+        self.evaluator = Evaluator(
+            self.engine,
+            self.head,
+            job.train,
+            job.validation,
+            config=recipe.evaluate,
+            data=recipe.data,
+            micro_batch=recipe.batch.micro,
+            world=world,
+            seed=recipe.run.seed,
+        )
+        self.last_evaluation = ""
+
+    def _save(self, tracker: Tracker) -> None:
+        self.trainer.combine_batchnorm(self.recipe.engine.batchnorm)
+        meta = checkpoint.Meta(
+            step=self.trainer.counter.step,
+            samples=self.trainer.counter.samples,
+            seed=self.recipe.run.seed,
+            vocabulary_hash=self.job.train.vocabulary_hash,
+            order=self.job.order.identity,
+            run_id=tracker.run_id or "",
+            engine=self.recipe.engine.name,
+            world_size=self.world.size,
+            recipe=recipe_yaml(self.recipe),
+        )
+        folder = self.job.folder / "checkpoints"
+        state.save(folder, self.engine, self.head, self.head_optimizer, meta, keep=self.recipe.checkpoint.keep)
+
+    # --- the run -------------------------------------------------------------------------------------------------
+
+    def train(self, preemption: Preemption, tracker: Tracker) -> Literal["FINISHED", "KILLED"]:
+        """Steps until the schedule ends or some rank is asked to stop; saves either way."""
+        job, recipe, trainer = self.job, self.recipe, self.trainer
+        counter = trainer.counter
+        steps = -(-job.total // job.batch.total)
+        bar = tqdm(
+            total=steps, initial=counter.step, unit="step", disable=None if self.world.is_main else True, smoothing=0.05
+        )
+        with closing(trainer.batches), bar:
+            while counter.samples < job.total:
+                before = counter.samples
+                stop = trainer.step(preemption)
+                bar.update()
+                done = counter.samples >= job.total
+                if counter.step % recipe.tracking.every == 0 or done or stop:
+                    self._report(tracker, bar, steps)
+                if stop and not done:
+                    self._save(tracker)
+                    return "KILLED"
+                if not done and job.crossed(
+                    recipe.schedule.evaluate_every, "schedule.evaluate_every", before, counter.samples
+                ):
+                    self._evaluate(tracker, bar)
+                if not done and job.crossed(recipe.checkpoint.every, "checkpoint.every", before, counter.samples):
+                    self._save(tracker)
+            self._evaluate(tracker, bar)
+            self._save(tracker)
+        return "FINISHED"
+
+    def _report(self, tracker: Tracker, bar: tqdm[Any], steps: int) -> None:
+        metrics = self.trainer.take_interval(self.job.epochs)
+        tracker.metrics(self.trainer.counter.step, metrics)
+        loss, speed = metrics["train/loss"], metrics["train/images_per_second"]
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} images/s", refresh=False)
+        if self.world.is_main and bar.disable:
+            print(
+                f"step {self.trainer.counter.step}/{steps}  epoch {metrics['train/epoch']:.2f}  loss {loss:.4f}  "
+                f"lr {metrics['train/learning_rate']:.4g}  |g| {metrics['train/gradient_norm']:.3g}  "
+                f"{speed:.0f} images/s  waiting {metrics['train/data_wait_share']:.0%}  "
+                f"memory {metrics['train/memory_gib']:.1f} GiB",
+                flush=True,
+            )
+
+    def _evaluate(self, tracker: Tracker, bar: tqdm[Any]) -> None:
+        self.trainer.combine_batchnorm(self.recipe.engine.batchnorm)
+        step = self.trainer.counter.step
+        result = self.evaluator.evaluate()
+        title = f"{self.recipe.run.name}, step {step}: predicted hashtags (probability), and the true ones"
+        picture = self.evaluator.picture(self.job.folder / "pictures" / f"step-{step:08d}.png", title)
+        if self.world.is_main:
+            assert result is not None
+            tracker.metrics(step, result.as_metrics())
+            if picture is not None:
+                tracker.artifact(picture, "pictures")
+            self.last_evaluation = result.table()
+            bar.write(f"validation after step {step}:\n{self.last_evaluation}")
+
+    def announce(self, tracker: Tracker) -> None:
+        """Say what is about to run, and record it."""
+        if not self.world.is_main:
+            return
+        job, recipe = self.job, self.recipe
+        (job.folder / "recipe.yaml").write_text(recipe_yaml(recipe), encoding="utf-8")
+        model, labels = recipe.model, len(job.train.vocabulary)
+        trunk = parameter_count(model)
+        head = labels * (self.head.num_features + recipe.head.bias)
+        sizes = job.batch
+        engine = recipe.engine.name
+        if job.deepspeed:
+            engine += f" ZeRO-{job.deepspeed['zero_optimization']['stage']}"
+        lines = [
+            f"{model.name} ({trunk / 1e6:.1f}M parameters, {multiply_adds(model, recipe.data.image_size) / 1e9:.2f}G "
+            f"multiply-adds at {recipe.data.image_size} px) + head of {labels:,} hashtags ({head / 1e6:.1f}M)",
+            f"{job.train.name}: {len(job.train):,} images; {job.validation.name}: {len(job.validation):,} images",
+            f"{self.world.size} ranks on {self.world.device.type}, {engine}, {recipe.engine.precision}; "
+            f"global batch {sizes.total} = {sizes.micro} x {sizes.accumulation} x {sizes.world}",
+            f"{job.total:,} images = {job.epochs(job.total):.1f} epochs, "
+            f"learning rate up to {job.learning_rate.peak:.4g}",
+        ]
+        if job.resume:
+            lines.append(f"going on from {job.resume[0]} ({self.trainer.counter.samples:,} images done)")
+        print("\n".join(lines), flush=True)
+        tracker.start(recipe_dict(recipe), {"data_set": str(job.train.name), "vocabulary": job.train.vocabulary_hash})
+        tracker.text("recipe.yaml", recipe_yaml(recipe))
+        tracker.text("environment.json", json.dumps(environment(), indent=2))
+        tracker.artifact(job.train.folder / "vocabulary.json")
+
+    def close(self, tracker: Tracker) -> None:
+        """Tell where everything is."""
+        if not self.world.is_main:
+            return
+        folder = self.job.folder
+        newest = checkpoint.newest(folder / "checkpoints")
+        pictures = sorted((folder / "pictures").glob("*.png"))
+        print(f"checkpoint  {newest}")
+        if pictures:
+            print(f"picture     {pictures[-1]}")
+        if self.recipe.tracking.enabled:
+            print(f"MLflow run  {tracker.run_id or 'not created yet: see the warning above'}")
+            print(f"look at it  mlflow ui --backend-store-uri {self.recipe.tracking.uri}")

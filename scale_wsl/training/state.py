@@ -1,0 +1,62 @@
+"""The tensors of a run - trunk, head and their momentum - under the logical checkpoint's names.
+
+What each engine keeps in its own way goes out and comes in whole, or by global row; nothing here knows which engine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from scale_wsl.engines.base import Engine
+from scale_wsl.models.head import ShardedHead
+from scale_wsl.training import checkpoint
+
+__all__ = ["load_momentum", "load_weights", "save"]
+
+
+def save(
+    folder: Path,
+    engine: Engine,
+    head: ShardedHead,
+    head_optimizer: torch.optim.Optimizer,
+    meta: checkpoint.Meta,
+    *,
+    keep: int,
+) -> Path:
+    """Publish a checkpoint of everything (collective); BatchNorm statistics must have been combined over the ranks."""
+    tensors = {
+        "trunk": engine.trunk_tensors(),
+        "head": head.logical_tensors(),
+        "momentum": {"trunk": engine.momentum(), "head": _head_momentum(head, head_optimizer)},
+    }
+    return checkpoint.save(folder, tensors, meta, keep=keep)
+
+
+def load_weights(path: Path, trunk: nn.Module, head: ShardedHead) -> None:
+    """Fill trunk and head from a checkpoint (collective).
+
+    To be called before an engine wraps the trunk: DeepSpeed makes its own fp32 copies from what it is given.
+    """
+    checkpoint.load_tensors(path, {"trunk": trunk.state_dict(), "head": head.logical_tensors()})
+
+
+def load_momentum(path: Path, engine: Engine, head: ShardedHead, head_optimizer: torch.optim.Optimizer) -> None:
+    """Fill the momentum of trunk and head from a checkpoint (collective)."""
+    trunk = {name: torch.empty_like(whole) for name, whole in engine.momentum().items()}
+    momentum = {"trunk": trunk, "head": _head_momentum(head, head_optimizer)}
+    checkpoint.load_tensors(path, {"momentum": momentum})
+    engine.load_momentum(trunk)
+
+
+def _head_momentum(head: ShardedHead, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The head's momentum by global row, sharing memory with the optimizer's; zeros before the first step."""
+    momentum = {}
+    for name, parameter in head.named_parameters():
+        state = optimizer.state[parameter]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum[name] = head.global_view(state["momentum_buffer"])
+    return momentum

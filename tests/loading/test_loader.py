@@ -1,0 +1,440 @@
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from multiprocessing import active_children, forkserver
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tests.ranks  # noqa: F401 - its preload is what the fork server of this process shall start with
+from scale_wsl.errors import UserError
+from scale_wsl.loading import Batch, DataConfig, EvalLoader, Order, TrainLoader, normalize
+from scale_wsl.loading.decode import LARGEST_MAX_PIXELS, decode, eval_crop, mean_colour
+from scale_wsl.recipe import describe
+from tests.loading.fakes import DyingDataset, FailingDataset, FakeDataset, StuckDataset, colour_of, zipf_rows
+
+ROOT = Path(__file__).parents[2]
+CONFIG = DataConfig(image_size=16, resampling="square-root", threshold=0.3, workers=0)
+ALONE = {"micro_batch": 4, "accumulation": 1, "rank": 0, "world_size": 1, "start": 0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_fork_server() -> None:
+    forkserver.ensure_running()
+
+
+def order_of(dataset: FakeDataset, config: DataConfig = CONFIG) -> Order:
+    return Order.of(dataset, seed=5, resampling=config.resampling, threshold=config.threshold)
+
+
+def take(dataset: FakeDataset, batches: int, config: DataConfig = CONFIG, **split: int) -> list[Batch]:
+    with TrainLoader(dataset, order_of(dataset), config, **(ALONE | split)) as loader:
+        return list(islice(loader, batches))
+
+
+def same(first: Batch, second: Batch) -> bool:
+    return (first.corrupt, first.errors) == (second.corrupt, second.errors) and all(
+        torch.equal(getattr(first, name), getattr(second, name)) for name in ("images", "ids", "mass", "records")
+    )
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_its_record() -> None:
+    dataset = FakeDataset([[3], [0, 2, 7], [1, 2], [], [5, 6]])
+    batches = take(dataset, 4)
+    seen = set()
+    for batch in batches:
+        assert (batch.images.shape, batch.images.dtype) == ((4, 3, 16, 16), torch.uint8)
+        assert (batch.ids.shape, batch.ids.dtype) == ((4, 3), torch.int64)
+        assert (batch.mass.shape, batch.mass.dtype) == ((4, 3), torch.float32)
+        assert (batch.records.shape, batch.records.dtype) == ((4,), torch.int64)
+        assert (batch.corrupt, batch.errors) == (0, ())
+        for row, record in enumerate(batch.records.tolist()):
+            seen.add(record)
+            assert batch.images[row].flatten(1).unique(dim=1).flatten().tolist() == list(colour_of(record))
+            labels = dataset.rows[record].tolist()
+            assert batch.ids[row].tolist() == labels + [-1] * (3 - len(labels))
+            mass = [1 / len(labels)] * len(labels) if labels else []
+            assert batch.mass[row].tolist() == pytest.approx(mass + [0.0] * (3 - len(labels)))
+    assert seen == set(range(5))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_are_the_same_bits_for_any_number_of_workers(workers: int) -> None:
+    dataset = FakeDataset(zipf_rows(23), files={4: b"no image"}, noise=True)
+    alone = take(dataset, 12)
+    assert sum(batch.corrupt for batch in alone) >= 1
+    config = dataclasses.replace(CONFIG, workers=workers, prefetch=2)
+    for first, second in zip(alone, take(dataset, 12, config), strict=True):
+        assert same(first, second)
+    assert not any(same(first, second) for first, second in pairwise(alone))
+
+
+def test_augmentation_is_drawn_anew_for_each_position() -> None:
+    dataset = FakeDataset([[0]], noise=True)
+    crops = torch.cat([batch.images for batch in take(dataset, 5)])
+    assert len(crops.flatten(1).unique(dim=0)) == 20
+    plain = dataclasses.replace(CONFIG, min_scale=1.0, flip=False)
+    crops = torch.cat([batch.images for batch in take(dataset, 5, plain)])
+    assert len(crops.flatten(1).unique(dim=0)) < 20  # the whole image, wherever its aspect ratio lets no draw fit
+
+
+def test_iterating_leaves_the_global_generators_alone() -> None:
+    torch.manual_seed(1)
+    np.random.seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    take(FakeDataset(zipf_rows(9)), 3)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+
+
+def test_to_moves_every_tensor() -> None:
+    (batch,) = take(FakeDataset(zipf_rows(9), files=dict.fromkeys(range(9), b"")), 1)
+    moved = batch.to("meta")
+    assert {getattr(moved, name).device.type for name in ("images", "ids", "mass", "records")} == {"meta"}
+    assert (moved.corrupt, moved.errors) == (4, batch.errors)
+
+
+# --- the contract ----------------------------------------------------------------------------------------------------
+
+# micro-batch, accumulation, world size, workers, steps; 264 samples over 23 images: seven epochs or so
+PIECES = [
+    (4, 3, 1, 0, 2),
+    (3, 2, 2, 2, 3),
+    (1, 5, 3, 0, 2),
+    (2, 2, 3, 1, 4),
+    (3, 1, 4, 0, 5),
+    (5, 1, 1, 2, 3),
+    (7, 1, 3, 0, 3),
+]
+
+
+def test_a_run_resumed_in_other_shapes_loses_and_repeats_nothing() -> None:
+    dataset = FakeDataset(zipf_rows(23), noise=True)
+    order = order_of(dataset)
+    counter = 0
+    images, records = [], []
+    for micro_batch, accumulation, world_size, workers, steps in PIECES:
+        config = dataclasses.replace(CONFIG, workers=workers)
+        split = {"micro_batch": micro_batch, "accumulation": accumulation, "world_size": world_size, "start": counter}
+        ranks = [take(dataset, steps * accumulation, config, rank=rank, **split) for rank in range(world_size)]
+        for batches in zip(*ranks, strict=True):  # each micro-step, its ranks in order: the order of positions
+            images.extend(batch.images for batch in batches)
+            records.extend(batch.records for batch in batches)
+        counter += steps * accumulation * micro_batch * world_size
+    assert counter == sum(len(one) for one in records)
+    seen = torch.cat(records).numpy()
+
+    # Counted by epoch, without any rule of where a sample comes: each image floor(r) or ceil(r) times.
+    epochs, _ = order.locate(counter)
+    assert epochs >= 5
+    lengths = {len(order.epoch_list(epoch)) for epoch in range(epochs)}
+    assert len(lengths) > 1
+    for epoch in range(epochs):
+        part = seen[order.epoch_start(epoch) : order.epoch_start(epoch + 1)]
+        assert sorted(part) == sorted(order.epoch_list(epoch))
+
+    # And the same samples, cropped the same way, as one uninterrupted process sees.
+    whole = take(dataset, counter // 4)
+    assert np.array_equal(torch.cat([batch.records for batch in whole]), seen)
+    assert torch.equal(torch.cat([batch.images for batch in whole]), torch.cat(images))
+
+
+@pytest.mark.parametrize("shape", [(12, 1, 1), (1, 12, 1), (2, 3, 2), (3, 1, 4), (4, 1, 3), (1, 4, 3)])
+def test_a_step_has_the_same_samples_however_it_is_dealt(shape: tuple[int, int, int]) -> None:
+    dataset = FakeDataset(zipf_rows(23))
+    micro_batch, accumulation, world_size = shape
+    for step in range(3):
+        start = 100 + 12 * step
+        expected = sorted(order_of(dataset).records(start, start + 12)[0].tolist())
+        split = {"micro_batch": micro_batch, "accumulation": accumulation, "world_size": world_size, "start": start}
+        drawn = [take(dataset, accumulation, rank=rank, **split) for rank in range(world_size)]
+        assert sorted(record for rank in drawn for batch in rank for record in batch.records.tolist()) == expected
+
+
+def test_refuses_an_order_of_other_images_and_an_impossible_split() -> None:
+    dataset = FakeDataset(zipf_rows(9))
+    with pytest.raises(ValueError, match="the order is one of 10 images, but the data set has 9"):
+        TrainLoader(dataset, order_of(FakeDataset(zipf_rows(10))), CONFIG, **ALONE)
+    with pytest.raises(ValueError, match="there is no micro-batch"):
+        TrainLoader(dataset, order_of(dataset), CONFIG, **(ALONE | {"rank": 1}))
+    with pytest.raises(ValueError, match="no batch of 4 for rank 2 of 2"):
+        EvalLoader(dataset, CONFIG, micro_batch=4, rank=2, world_size=2)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("images", [1, 12, 13])
+def test_evaluation_sees_each_record_once_in_as_many_batches_on_each_rank(world_size: int, images: int) -> None:
+    dataset = FakeDataset(zipf_rows(images))
+    loaders = [
+        EvalLoader(dataset, CONFIG, micro_batch=3, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    ranks = [list(loader) for loader in loaders]
+    assert (
+        {len(batches) for batches in ranks} == {len(loader) for loader in loaders} == {-(-images // (3 * world_size))}
+    )
+    rows = torch.cat([batch.records for batches in ranks for batch in batches])
+    assert sorted(rows[rows >= 0].tolist()) == list(range(images))
+    for batch in (batch for batches in ranks for batch in batches):
+        padding = batch.records < 0
+        assert len(batch.records) == 3
+        assert batch.corrupt == 0
+        assert (batch.ids[padding] == -1).all()
+        assert (batch.mass[padding] == 0).all()
+        assert (normalize(batch.images)[padding].abs() < 0.01).all()
+
+
+def test_an_evaluation_pass_repeats_with_and_without_workers() -> None:
+    dataset = FakeDataset(zipf_rows(10), noise=True)
+    loader = EvalLoader(dataset, dataclasses.replace(CONFIG, workers=2), micro_batch=3, rank=0, world_size=1)
+    first, again = list(loader), list(loader)
+    alone = list(EvalLoader(dataset, CONFIG, micro_batch=3, rank=0, world_size=1))
+    assert all(same(a, b) and same(a, c) for a, b, c in zip(first, again, alone, strict=True))
+    assert torch.equal(alone[0].images[1], eval_crop(decode(dataset.read(1), 10**6), 18, 16))  # 18 = 16 * 256 / 224
+    for _ in loader:
+        break
+    assert active_children() == []
+
+
+# --- corrupt images --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_image_keeps_its_place_without_labels(workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    rows = zipf_rows(12)
+    whole, bad = FakeDataset(rows), FakeDataset(rows, files={3: b"", 8: FakeDataset(rows, noise=True).read(8)[:-40]})
+    config = dataclasses.replace(CONFIG, workers=workers)
+    with caplog.at_level(logging.WARNING, "scale_wsl.loading"):
+        pairs = list(zip(take(whole, 6), take(bad, 6, config), strict=True))
+    found = 0
+    for expected, got in pairs:
+        assert torch.equal(expected.records, got.records)
+        corrupt = torch.isin(got.records, torch.tensor([3, 8]))
+        found += got.corrupt
+        assert got.corrupt == corrupt.sum() == len(got.errors)
+        assert (got.ids[corrupt] == -1).all()
+        assert (got.mass[corrupt] == 0).all()
+        assert (got.images[corrupt] == mean_colour(16)).all()
+        for name in ("images", "ids", "mass"):
+            assert torch.equal(getattr(expected, name)[~corrupt], getattr(got, name)[~corrupt])
+    assert found >= 2
+    assert len(caplog.messages) == found
+    assert any("key3 (record 3): 0 bytes that are no image" in message for message in caplog.messages)
+    assert any("key8 (record 8): OSError: image file is truncated" in message for message in caplog.messages)
+
+
+def test_an_image_above_the_pixel_limit_is_corrupt() -> None:
+    small = dataclasses.replace(CONFIG, max_pixels=107)  # the images are 9 x 12
+    assert [batch.corrupt for batch in take(FakeDataset(zipf_rows(9)), 2, small)] == [4, 4]
+    assert [
+        batch.corrupt for batch in EvalLoader(FakeDataset(zipf_rows(6)), small, micro_batch=4, rank=0, world_size=1)
+    ] == [4, 2]
+
+
+def test_the_log_is_not_flooded(caplog: pytest.LogCaptureFixture) -> None:
+    dataset = FakeDataset([[0]] * 50, files=dict.fromkeys(range(50), b""))
+    with caplog.at_level(logging.WARNING, "scale_wsl.loading"):
+        batches = take(dataset, 525)
+    assert sum(batch.corrupt for batch in batches) == 2100
+    assert len(caplog.messages) == 12
+    assert caplog.messages[9].endswith("from now on every thousandth is reported")
+    assert [message.split(":")[0] for message in caplog.messages[10:]] == [
+        "corrupt image 1000 skipped",
+        "corrupt image 2000 skipped",
+    ]
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_that_is_no_images_fault_is_raised_here(workers: int) -> None:
+    with pytest.raises(OSError, match="Input/output error"):
+        take(FailingDataset(zipf_rows(9)), 1, dataclasses.replace(CONFIG, workers=workers))
+    assert active_children() == []
+
+
+def test_a_worker_that_dies_is_an_error_here() -> None:
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        take(DyingDataset(zipf_rows(9)), 1, dataclasses.replace(CONFIG, workers=1))
+    assert active_children() == []
+
+
+@pytest.mark.slow  # PyTorch waits twice 5 s for a worker before it is given up
+def test_closing_ends_a_worker_that_is_stuck(tmp_path: Path) -> None:
+    dataset = StuckDataset(zipf_rows(9))
+    dataset.stuck = tmp_path / "stuck"
+    loader = TrainLoader(dataset, order_of(dataset), dataclasses.replace(CONFIG, workers=1), **ALONE)
+    while not dataset.stuck.exists():
+        time.sleep(0.05)
+    loader.close()
+    assert active_children() == []
+
+
+def test_closing_ends_the_workers() -> None:
+    dataset = FakeDataset(zipf_rows(9))
+    loader = TrainLoader(dataset, order_of(dataset), dataclasses.replace(CONFIG, workers=2), **ALONE)
+    next(loader)
+    assert len(active_children()) == 2
+    loader.close()
+    loader.close()
+    assert active_children() == []
+    with pytest.raises(ValueError, match="closed"):
+        next(loader)
+
+
+TRAINER = """
+import multiprocessing, os, signal, sys, time
+from multiprocessing import forkserver
+from scale_wsl.loading import DataConfig, Order, TrainLoader
+from tests.loading.fakes import FakeDataset, zipf_rows
+
+dataset = FakeDataset(zipf_rows(23))
+order = Order.of(dataset, seed=5, resampling="natural", threshold=1.0)
+config = DataConfig(image_size=16, workers=2, prefetch=1)
+loader = TrainLoader(dataset, order, config, micro_batch=4, accumulation=1, rank=0, world_size=1, start=0)
+next(loader)
+pids = [worker.pid for worker in multiprocessing.active_children()]
+print(*pids, forkserver._forkserver._forkserver_pid, flush=True)
+"""
+
+
+@pytest.fixture
+def trainer() -> Iterator[object]:
+    started = []
+
+    def start(script: str) -> tuple[subprocess.Popen[str], list[int]]:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", TRAINER + script],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 3, process.communicate()[1]
+        return process, pids
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 60
+    while any(runs(pid) for pid in pids):
+        assert time.monotonic() < deadline, "workers outlived their trainer"
+        time.sleep(0.05)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+
+
+@needs_proc
+def test_a_killed_trainer_leaves_no_process(trainer) -> None:  # type: ignore[no-untyped-def]
+    process, pids = trainer("time.sleep(600)")
+    assert all(runs(pid) for pid in pids)
+    process.kill()
+    process.wait()
+    wait_until_gone(pids)
+
+
+@needs_proc
+def test_a_trainer_that_fails_without_closing_ends_and_leaves_no_process(trainer) -> None:  # type: ignore[no-untyped-def]
+    process, pids = trainer("raise RuntimeError('out of luck')")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1] == "RuntimeError: out of luck"
+    wait_until_gone(pids)
+
+
+@needs_proc
+@pytest.mark.slow
+def test_signals_to_the_whole_group_are_the_trainers_to_handle(trainer) -> None:  # type: ignore[no-untyped-def]
+    # A second loader's workers are still being born when the signals come.
+    process, pids = trainer(
+        """
+heard = []
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, lambda number, frame: heard.append(number))
+other = TrainLoader(dataset, order, config, micro_batch=4, accumulation=1, rank=0, world_size=1, start=0)
+everyone = multiprocessing.active_children()
+print("ready", flush=True)
+while len(heard) < 3:
+    time.sleep(0.01)
+time.sleep(6)  # PyTorch's workers look every 5 s whether the process that forked them is still there
+for _ in range(20):
+    next(loader), next(other)
+assert len(everyone) == 4 and set(multiprocessing.active_children()) == set(everyone)
+child = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(600,))
+child.start()
+time.sleep(1)
+child.terminate()  # the fork server is everybody's: processes that are no workers can still be ended
+child.join()
+assert child.exitcode == -signal.SIGTERM
+loader.close()
+other.close()
+print("saved")
+"""
+    )
+    assert process.stdout.readline() == "ready\n"
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        os.killpg(process.pid, number)
+    output, errors = process.communicate(timeout=60)
+    assert (output, errors, process.returncode) == ("saved\n", "", 0)  # no warning of anything leaked, either
+    wait_until_gone(pids)
+
+
+# --- the recipe ------------------------------------------------------------------------------------------------------
+
+
+def test_config() -> None:
+    assert DataConfig().short_side == 256
+    assert DataConfig(image_size=112).short_side == 128
+    assert DataConfig(image_size=112, resize=112).short_side == 112
+    assert "data.resampling must" not in describe(DataConfig)
+    for key, value, right in (
+        ("image_size", 0, "at least 1"),
+        ("resize", 223, r"image_size \(224\) or more"),
+        ("min_scale", 0.0, "above 0"),
+        ("min_scale", 1.1, "at most 1"),
+        ("resampling", "sqrt", "natural, square-root, uniform"),
+        ("threshold", 0.0, "above 0"),
+        ("threshold", 1.5, "at most 1"),
+        ("workers", -1, "0 or more"),
+        ("prefetch", 0, "at least 1"),
+        ("max_pixels", 0, "between 1 and"),
+        ("max_pixels", LARGEST_MAX_PIXELS + 1, "between 1 and 178,956,970"),
+        ("max_corrupt", -0.1, "between 0 and 1"),
+        ("max_corrupt", 1.1, "between 0 and 1"),
+    ):
+        with pytest.raises(UserError, match=rf"^data\.{key} is {value}, but must be .*{right}"):
+            DataConfig(**{key: value})  # type: ignore[arg-type]

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from scale_wsl.errors import UserError
+from scale_wsl.training import checkpoint
+from scale_wsl.training.checkpoint import CheckpointConfig
+from tests.engines import parity
+from tests.ranks import run_ranks
+
+BEFORE, AFTER = 3, 3
+BATCH = 12  # on 1, 2 and 3 ranks
+MOVES = {  # who writes -> who reads: each engine on either side, ZeRO stages mixed
+    "ddp": ("ddp", "zero1", "zero3"),
+    "zero2": ("zero2", "ddp", "zero3"),
+    "zero3": ("zero3", "zero1", "zero0"),
+}
+
+
+@functools.cache
+def reference() -> list[float]:
+    return parity.reference_losses(BEFORE + AFTER, clip=0.5, batch=BATCH)
+
+
+def _train_and_save(folder: Path, writers: list[str]) -> None:
+    for name in writers:
+        trainer = parity.make_trainer(name, accumulation=1, clip=0.5, batch=BATCH)
+        parity.take_steps(trainer, BEFORE)
+        parity.save(trainer, folder / name)
+
+
+def _resume_and_train(folder: Path) -> dict[tuple[str, str], list[float]]:
+    losses = {}
+    for writer, readers in MOVES.items():
+        path = checkpoint.newest(folder / writer)
+        assert path is not None
+        for reader in readers:
+            trainer = parity.make_trainer(reader, accumulation=1, clip=0.5, batch=BATCH, resume=path)
+            losses[writer, reader] = parity.take_steps(trainer, AFTER)
+    return losses
+
+
+@pytest.fixture(scope="module")
+def written_on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    run_ranks(_train_and_save, 2, folder, list(MOVES), timeout=600)
+    return folder
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_any_engine_goes_on_from_any_other_at_any_world_size(written_on_two_ranks: Path, size: int) -> None:
+    for (writer, reader), losses in run_ranks(_resume_and_train, size, written_on_two_ranks, timeout=600)[0].items():
+        assert losses == pytest.approx(reference()[BEFORE:], rel=1e-5), f"{writer} on 2 ranks -> {reader} on {size}"
+
+
+def test_it_holds_plain_names_and_no_pickle(written_on_two_ranks: Path) -> None:
+    from safetensors import safe_open
+
+    path = checkpoint.newest(written_on_two_ranks / "zero3")
+    assert path is not None
+    names = set()
+    for file in path.iterdir():
+        assert file.name in ("meta.json", "tensors")
+    for file in (path / "tensors").iterdir():
+        assert file.suffix == ".safetensors"
+        with safe_open(file, "pt") as tensors:
+            names |= set(tensors.keys())
+    assert {"trunk.conv1.weight", "trunk.layer4.1.bn3.bias", "head.weight", "momentum.head.bias"} <= names
+    assert {f"momentum.{name}" for name in names if not name.startswith("momentum.")} <= names
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def _meta(step: int) -> checkpoint.Meta:
+    return checkpoint.Meta(
+        step=step,
+        samples=step * 8,
+        seed=0,
+        vocabulary_hash="v",
+        order="o",
+        run_id="r",
+        engine="ddp",
+        world_size=1,
+        recipe="",
+    )
+
+
+def _save_steps(folder: Path, steps: list[int], keep: int) -> None:
+    for step in steps:
+        checkpoint.save(folder, {"head": {"weight": torch.full((3, 2), float(step))}}, _meta(step), keep=keep)
+
+
+def test_only_the_newest_are_kept_and_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    run_ranks(_save_steps, 1, tmp_path, [1, 2, 10, 10], 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000010"]
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    meta = checkpoint.read_meta(found)
+    assert dataclasses.replace(meta, files={}) == _meta(10)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "meta", "format", "type"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_ranks(_save_steps, 1, tmp_path, [1, 2], 2)
+    newest = tmp_path / "step-00000002"
+    tensors = next((newest / "tensors").iterdir())
+    content = json.loads((newest / "meta.json").read_text())
+    if damage == "cut":
+        tensors.write_bytes(tensors.read_bytes()[:-1])
+    elif damage == "missing":
+        tensors.unlink()
+    elif damage == "meta":
+        (newest / "meta.json").write_text('{"format": 1, "step":')
+    elif damage == "format":
+        (newest / "meta.json").write_text(json.dumps(content | {"format": 99}))
+    else:
+        (newest / "meta.json").write_text(json.dumps(content | {"samples": "many"}))
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000001"
+    assert "step-00000002" in caplog.text
+    with pytest.raises(UserError, match="step-00000002"):
+        checkpoint.resume_from(CheckpointConfig(resume=str(newest)), tmp_path)
+
+
+def test_leftovers_of_a_run_that_died_while_saving_are_no_checkpoint(tmp_path: Path) -> None:
+    run_ranks(_save_steps, 1, tmp_path, [1], 2)
+    (tmp_path / "step-00000001").rename(tmp_path / ".step-00000007.part")
+    assert checkpoint.newest(tmp_path) is None
+    run_ranks(_save_steps, 1, tmp_path, [7], 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+
+
+def test_an_earlier_run_is_neither_continued_nor_overwritten_unasked(tmp_path: Path) -> None:
+    assert checkpoint.resume_from(CheckpointConfig(), tmp_path) is None
+    assert checkpoint.resume_from(CheckpointConfig(resume="auto"), tmp_path) is None
+    run_ranks(_save_steps, 1, tmp_path, [1], 2)
+    with pytest.raises(UserError, match="--resume auto"):
+        checkpoint.resume_from(CheckpointConfig(), tmp_path)
+    assert checkpoint.resume_from(CheckpointConfig(resume="auto"), tmp_path) == tmp_path / "step-00000001"
+
+
+def _load_other_network(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
+    try:
+        checkpoint.load_tensors(path, {name: torch.empty(shape) for name, shape in shapes.items()})
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_another_network_is_a_users_mistake(tmp_path: Path) -> None:
+    run_ranks(_save_steps, 1, tmp_path, [1], 2)
+    path = tmp_path / "step-00000001"
+    (wrong_shape,) = run_ranks(_load_other_network, 1, path, {"head.weight": (4, 2)})
+    assert "head.weight of shape [3, 2], but this recipe's is [4, 2]" in wrong_shape
+    (missing,) = run_ranks(_load_other_network, 1, path, {"trunk.conv1.weight": (4, 2)})
+    assert "has no trunk.conv1.weight" in missing
