@@ -24,7 +24,13 @@ def free_port() -> int:
 
 
 def _rank_main(
-    pipe: Connection, function: Callable[..., Any], rank: int, size: int, port: int, args: tuple[Any, ...]
+    pipe: Connection,
+    function: Callable[..., Any],
+    rank: int,
+    size: int,
+    port: int,
+    args: tuple[Any, ...],
+    process_group: bool,
 ) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -41,17 +47,23 @@ def _rank_main(
     warnings.simplefilter("error")  # as in the tests' own process
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo")
+        if process_group:
+            dist.init_process_group("gloo")
         pipe.send(("ok", function(*args)))
-        dist.barrier()
-        dist.destroy_process_group()
+        if process_group:
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         pipe.send(("error", f"rank {rank} of {size}:\n{traceback.format_exc()}"))
         raise SystemExit(1) from None
 
 
-def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
-    """Run `function(*args)` on `size` ranks (gloo is initialised, default group) and return the results in rank order.
+def run_ranks(
+    function: Callable[..., Any], size: int, *args: Any, timeout: float = 240.0, process_group: bool = True
+) -> list[Any]:
+    """Run `function(*args)` on `size` ranks and return the results in rank order.
+
+    Gloo is initialised as the default group, unless `process_group` is false: then there is only the environment.
 
     `function` and `args` must be picklable: a module-level function, and tensors passed as NumPy arrays or plain
     tensors. The first error of any rank is raised here, and the other ranks are stopped.
@@ -61,7 +73,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
     processes = []
     for rank in range(size):
         ours, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=_rank_main, args=(theirs, function, rank, size, port, args))
+        process = _CONTEXT.Process(target=_rank_main, args=(theirs, function, rank, size, port, args, process_group))
         process.start()
         theirs.close()
         pipes[ours] = rank

@@ -23,21 +23,24 @@ def combine_statistics(module: nn.Module, rule: str) -> None:
     """
     world = dist.get_world_size()
     norms = [
-        layer
+        (layer.running_mean, layer.running_var)
         for layer in module.modules()
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
     ]
-    if world == 1 or not norms:
+    found = [(mean, variance) for mean, variance in norms if mean is not None and variance is not None]
+    if world == 1 or not found:
         return
-    means = torch.cat([layer.running_mean for layer in norms])
-    variances = torch.cat([layer.running_var for layer in norms])
-    packed = torch.stack([means.double(), variances.double(), means.double().square()])  # one collective for the whole network
+    means = torch.cat([mean for mean, _ in found]).double()
+    variances = torch.cat([variance for _, variance in found]).double()
+    packed = torch.stack([means, variances, means.square()])  # one collective for the whole network
     dist.all_reduce(packed)
-    mean, variance, square = packed / world
+    means, variances, squares = packed / world
     if rule == "pooled":
-        variance = variance + (square - mean.square()).clamp(min=0)
-    sizes = [layer.num_features for layer in norms]
+        variances = variances + (squares - means.square()).clamp(min=0)
+    sizes = [len(mean) for mean, _ in found]
     with torch.no_grad():
-        for layer, layer_mean, layer_variance in zip(norms, mean.split(sizes), variance.split(sizes), strict=True):
-            layer.running_mean.copy_(layer_mean)
-            layer.running_var.copy_(layer_variance)
+        for (mean, variance), new_mean, new_variance in zip(
+            found, means.split(sizes), variances.split(sizes), strict=True
+        ):
+            mean.copy_(new_mean)
+            variance.copy_(new_variance)

@@ -61,12 +61,11 @@ def _record_for_torchrun(error: BaseException) -> None:
         handler.record_exception(error)
 
 
-def exit_code_of(main: Callable[[], None], *, speak: Callable[[], bool] = lambda: True) -> int:
-    """Run an entry point: 0 when it returns, 2 after a `UserError`, printed as `error: ...` where `speak()` says so."""
+def exit_code_of(main: Callable[[], None]) -> int:
+    """Run an entry point of one process: 0 when it returns, 2 after a `UserError`, printed as `error: ...`."""
     try:
         main()
     except UserError as error:
-        if speak():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

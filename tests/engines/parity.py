@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,24 +18,25 @@ from scale_wsl.loading.decode import normalize
 from scale_wsl.loading.loader import Batch
 from scale_wsl.models.head import ShardedHead, head_mesh
 from scale_wsl.models.resnext import ModelConfig, build_trunk
+from scale_wsl.training import checkpoint, state
 from scale_wsl.training.loop import Counter, Trainer
 from scale_wsl.training.preemption import Preemption
 from scale_wsl.training.schedule import LearningRate, OptimConfig
 
-GLOBAL_BATCH = 16
+BATCH = 16  # images in a global batch, where a test does not say otherwise
 LABELS = 11  # uneven over 2 and 4 ranks
 MODEL = ModelConfig(depth=26, groups=4, width=4, norm="group", norm_groups=8)
-RATE = LearningRate(start=0.001, peak=0.01, warm_up=5 * GLOBAL_BATCH, total=20 * GLOBAL_BATCH, halvings=3)
+RATE = LearningRate(start=0.001, peak=0.01, warm_up=5 * BATCH, total=20 * BATCH, halvings=3)
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 SEED = 3
 
 
-def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def global_batch(step: int, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Images, ids and mass of a step's global batch; one row has no label, as a corrupt image's."""
     numbers = torch.Generator().manual_seed(step)
-    images = torch.randint(0, 256, (GLOBAL_BATCH, 3, 32, 32), generator=numbers, dtype=torch.uint8)
-    ids = torch.full((GLOBAL_BATCH, 3), -1)
-    for row in range(GLOBAL_BATCH):
+    images = torch.randint(0, 256, (batch, 3, 32, 32), generator=numbers, dtype=torch.uint8)
+    ids = torch.full((batch, 3), -1)
+    for row in range(batch):
         count = (row + step) % 4
         ids[row, :count] = torch.randperm(LABELS, generator=numbers)[:count]
     counts = (ids >= 0).sum(1, keepdim=True)
@@ -42,13 +44,13 @@ def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return images, ids, mass
 
 
-def micro_batches(accumulation: int, start: int = 0) -> Iterator[Batch]:
+def micro_batches(accumulation: int, batch: int, start: int) -> Iterator[Batch]:
     """This rank's share of every step, dealt as the loader deals it."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    micro = GLOBAL_BATCH // accumulation // world
+    micro = batch // accumulation // world
     step = start
     while True:
-        images, ids, mass = global_batch(step)
+        images, ids, mass = global_batch(step, batch)
         for number in range(accumulation):
             first = (number * world + rank) * micro
             rows = slice(first, first + micro)
@@ -64,6 +66,8 @@ def make_trainer(
     model: ModelConfig = MODEL,
     precision: str = "fp32",
     group_size: int = 0,
+    batch: int = BATCH,
+    resume: Path | None = None,
 ) -> Trainer:
     """A trainer on this rank, its engine named as in `ENGINES`."""
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
@@ -73,7 +77,7 @@ def make_trainer(
     deepspeed = ds_config.resolve(
         {"zero_optimization": {"stage": stage or 0, "stage3_param_persistence_threshold": 0}},
         "the test",
-        batch=ds_config.BatchSizes(GLOBAL_BATCH // accumulation // world.size, accumulation, world.size),
+        batch=ds_config.BatchSizes(batch // accumulation // world.size, accumulation, world.size),
         optimizer={},
         clip=clip,
         precision=precision,
@@ -81,19 +85,44 @@ def make_trainer(
     settings: dict[str, Any] = {"momentum": optim.momentum, "nesterov": True, "weight_decay": optim.weight_decay}
     trunk = build_trunk(model, SEED)
     head = ShardedHead(LABELS, trunk.num_features, mesh=head_mesh(group_size), seed=SEED)
+    counter = Counter()
+    if resume:
+        meta = checkpoint.read_meta(resume)
+        counter = Counter(meta.step, meta.samples)
+        state.load_weights(resume, trunk, head)
+    engine = build_engine(config, trunk, sgd(trunk, **settings), world, deepspeed)
+    head_optimizer = sgd(head, **settings)
+    if resume:
+        state.load_momentum(resume, engine, head, head_optimizer)
     return Trainer(
-        engine=build_engine(config, trunk, sgd(trunk, **settings), world, deepspeed),
+        engine=engine,
         head=head,
-        head_optimizer=sgd(head, **settings),
-        batches=micro_batches(accumulation),
+        head_optimizer=head_optimizer,
+        batches=micro_batches(accumulation, batch, counter.step),
         accumulation=accumulation,
         world=world,
         optim=optim,
         learning_rate=RATE,
         max_corrupt=1.0,
         seed=SEED,
-        counter=Counter(),
+        counter=counter,
     )
+
+
+def save(trainer: Trainer, folder: Path) -> Path:
+    """Publish a checkpoint of a trainer."""
+    meta = checkpoint.Meta(
+        step=trainer.counter.step,
+        samples=trainer.counter.samples,
+        seed=SEED,
+        vocabulary_hash="v",
+        order="o",
+        run_id="",
+        engine="",
+        world_size=trainer.world.size,
+        recipe="",
+    )
+    return state.save(folder, trainer.engine, trainer.head, trainer.head_optimizer, meta, keep=2)
 
 
 def take_steps(trainer: Trainer, steps: int) -> list[float]:
@@ -107,9 +136,9 @@ def take_steps(trainer: Trainer, steps: int) -> list[float]:
     return losses.tolist()
 
 
-def reference_losses(steps: int, clip: float, model: ModelConfig = MODEL) -> list[float]:
+def reference_losses(steps: int, clip: float, batch: int = BATCH) -> list[float]:
     """The same training in float64 in this process: whole batches, a dense head, plain torch.optim.SGD."""
-    trunk = build_trunk(model, SEED).double()
+    trunk = build_trunk(MODEL, SEED).double()
     initial = ShardedHead(LABELS, trunk.num_features, mesh=head_mesh(1), seed=SEED)
     head = torch.nn.Linear(trunk.num_features, LABELS).double()
     with torch.no_grad():
@@ -119,8 +148,8 @@ def reference_losses(steps: int, clip: float, model: ModelConfig = MODEL) -> lis
     optimizer = torch.optim.SGD(decay_groups(both, 1e-4), lr=0.0, momentum=0.9, nesterov=True)
     losses = []
     for step in range(steps):
-        images, ids, _ = global_batch(step)
-        targets = torch.zeros(GLOBAL_BATCH, LABELS, dtype=torch.float64)
+        images, ids, _ = global_batch(step, batch)
+        targets = torch.zeros(batch, LABELS, dtype=torch.float64)
         for row, row_ids in enumerate(ids):
             known = row_ids[row_ids >= 0]
             targets[row, known] = 1 / max(len(known), 1)
@@ -130,7 +159,7 @@ def reference_losses(steps: int, clip: float, model: ModelConfig = MODEL) -> lis
         if clip:
             torch.nn.utils.clip_grad_norm_(both.parameters(), clip)
         for group in optimizer.param_groups:
-            group["lr"] = RATE.at(step * GLOBAL_BATCH)
+            group["lr"] = RATE.at(step * batch)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

@@ -1,0 +1,109 @@
+"""Looks at one image file once: is it whole, what format and size, and what does it roughly look like.
+
+Every file is hostile until it is decoded. Must never re-encode or keep an image, and never decode more pixels than the
+limit allows.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+__all__ = ["EXTENSIONS", "LARGEST_MAX_PIXELS", "SIDE", "Look", "RefusedImage", "look"]
+
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+"""The formats that are taken, those that the loader decodes, and the extension that each gets in a shard."""
+
+SIDE = 16
+"""Side of the thumbnail, in pixels."""
+
+# Pillow itself refuses to open anything larger than this (twice its MAX_IMAGE_PIXELS).
+LARGEST_MAX_PIXELS = 2 * (1024**3 // 4 // 3)
+
+
+class RefusedImage(Exception):  # noqa: N818 - it names the image
+    """An image that cannot be used; `reason` is one of "undecodable" and "too many pixels"."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)  # both, or it could not be pickled
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is remembered of an image."""
+
+    extension: str
+    width: int
+    height: int
+    thumbnail: NDArray[np.uint8]
+    """`[SIDE, SIDE]`, grey, upright, transparency over white: what a network that sees it over white is shown."""
+
+
+def look(data: bytes, max_pixels: int) -> Look:
+    """Decode an image file, of an animation the first frame, and shrink it to a grey thumbnail.
+
+    A JPEG is decoded at a reduced scale, which still reads all of it, so a truncated one is found.
+
+    Args:
+        data: The file's bytes.
+        max_pixels: The largest width x height, checked from the header before anything is decoded.
+
+    Raises:
+        RefusedImage: The bytes are truncated, damaged, empty, of another format, or of too many pixels.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bombs and damaged metadata: judged here, so nothing is left to warn of
+        try:
+            image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
+            extension = EXTENSIONS[image.format or ""]
+            width, height = image.size
+            if width < 1 or height < 1:
+                raise RefusedImage("undecodable", f"{width} x {height} pixels")
+            if width * height > max_pixels:
+                raise RefusedImage("too many pixels", f"{width} x {height} are more than the limit of {max_pixels:,}")
+            if extension == "jpg":
+                image.draft("L", (4 * SIDE, 4 * SIDE))
+            image.load()
+            return Look(extension, width, height, _thumbnail(image))
+        except (RefusedImage, MemoryError):  # short memory is this machine's state, not the file's fault
+            raise
+        except UnidentifiedImageError:
+            raise RefusedImage("undecodable", f"no image of the formats {', '.join(EXTENSIONS)}") from None
+        except Image.DecompressionBombError as error:
+            raise RefusedImage("too many pixels", str(error)) from None
+        # Pillow's readers raise whatever their parsing runs into: SyntaxError, struct.error, KeyError, EOFError ...
+        except Exception as error:
+            raise RefusedImage("undecodable", f"{type(error).__name__}: {error}") from None
+
+
+def _thumbnail(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips instead of scaling
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+    elif image.mode != "L":
+        image = image.convert("L")
+    size = (SIDE, SIDE)
+    # Shrinking multiplies the colours by alpha, so compositing the few pixels left equals compositing all of them.
+    small = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    if small.mode == "RGBA":
+        white = Image.new("RGB", size, "white")
+        white.paste(small, mask=small)
+        small = white.convert("L")
+    return np.asarray(_upright(image, small), np.uint8)
+
+
+def _upright(image: Image.Image, small: Image.Image) -> Image.Image:
+    """`small` turned as the metadata of `image` says; metadata that cannot be read says nothing."""
+    try:
+        small.info["exif"] = image.info["exif"]
+        return ImageOps.exif_transpose(small)
+    except Exception:  # again whatever the parser runs into; the pixels are whole
+        return small

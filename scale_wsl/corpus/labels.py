@@ -1,0 +1,25 @@
+"""From the hashtags of an image to its labels: the distinct class indices of those that have a place in a vocabulary.
+
+Must never invent a label, and never depend on the order or the repetition of the hashtags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scale_wsl.hashtags import Vocabulary
+
+__all__ = ["label_ids"]
+
+
+def label_ids(hashtags: Iterable[str], vocabulary: Vocabulary) -> NDArray[np.int32]:
+    """Class indices `[k]`, ascending and distinct, of *normalised* hashtags; empty when none has a place.
+
+    The training target puts the mass 1/k on each of them (k-hot, paper section 2), so two spellings of one canonical
+    hashtag are one label, not two.
+    """
+    found = {index for hashtag in hashtags if (index := vocabulary.index(hashtag)) is not None}
+    return np.array(sorted(found), np.int32)

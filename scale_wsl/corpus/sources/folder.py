@@ -1,0 +1,106 @@
+"""A folder of the user's own images, with hashtags beside them or in the names of their folders.
+
+Must never write into the folder, and never leave it but through links to files that the user put there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from scale_wsl.corpus.posts import Post, key_of, split_hashtags
+from scale_wsl.errors import UserError
+from scale_wsl.recipe import setting
+
+__all__ = ["FolderSource"]
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+_LARGEST_SIDECAR = 1 << 20  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderSource:
+    """Every image below a folder.
+
+    The hashtags of `a/b/cat.jpg` are those of `a/b/cat.txt` (separated by white space, commas or semicolons; # optional),
+    else those of `a/b/cat.json` (`{"hashtags": ["cat", "tabby cat"]}`), else the names of its folders, `a` and `b`.
+    """
+
+    path: str = setting("", "The folder.")
+    name: str = setting("folder", "The source's part of the data sets' names.")
+    licence: str = setting("unknown", "Licence of the images and hashtags, for the manifest.")
+    attribution: str = setting("", "Whom to name as their authors, for the manifest.")
+
+    stop = ()
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise UserError("a folder source needs its path: path=FOLDER")
+        if not Path(self.path).is_dir():
+            raise UserError(f"the image folder {self.path} is not there, or is no folder")
+        if next(self._images(), None) is None:
+            raise UserError(f"there is no image ({', '.join(sorted(_SUFFIXES))}) in {self.path} or its folders")
+
+    def fingerprint(self) -> Mapping[str, object]:
+        """Names, sizes and times of change of all images and sidecars."""
+        digest = hashlib.sha256()
+        for image, sidecars in self._images():
+            for path in (image, *sidecars):
+                status = path.stat() if path.exists() else None  # a link may lead nowhere
+                facts = (status.st_size, status.st_mtime_ns) if status else None
+                digest.update(f"{os.fsencode(path.relative_to(self.path))!r} {facts}\n".encode())
+        return {"files": digest.hexdigest()}
+
+    def count(self) -> int | None:
+        """As many as there are images."""
+        return sum(1 for _ in self._images())
+
+    def posts(self) -> Iterator[Post]:
+        """Every image, by path."""
+        for image, sidecars in self._images():
+            inside = image.relative_to(self.path)
+            hashtags = _read_sidecar(sidecars[0]) if sidecars else inside.parts[:-1]
+            yield Post(key_of(inside.as_posix()), image, tuple(hashtags))
+
+    def _images(self) -> Iterator[tuple[Path, list[Path]]]:
+        """(image, its sidecars, .txt first), sorted by path."""
+        for folder, subfolders, files in os.walk(self.path, onerror=_refuse):
+            subfolders.sort()
+            present = set(files)
+            for file in sorted(files):
+                stem, suffix = os.path.splitext(file)
+                if suffix.lower() in _SUFFIXES:
+                    sidecars = [Path(folder, stem + end) for end in (".txt", ".json") if stem + end in present]
+                    yield Path(folder, file), sidecars
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"cannot read the image folder {error.filename}: {error.strerror}") from None
+
+
+def _read_sidecar(path: Path) -> tuple[str, ...]:
+    try:
+        with open(path, "rb") as handle:
+            content = handle.read(_LARGEST_SIDECAR + 1)
+        if len(content) > _LARGEST_SIDECAR:
+            raise UserError(f"the hashtags in {path} are more than 1 MiB, which no image has")
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read the hashtags in {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the hashtags in {path} are not UTF-8 text") from None
+    if path.suffix == ".txt":
+        return split_hashtags(text)
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        parsed = None
+    hashtags = parsed.get("hashtags") if isinstance(parsed, dict) else None
+    if not isinstance(hashtags, list) or not all(isinstance(tag, str) for tag in hashtags):
+        raise UserError(f'{path} must be of the form {{"hashtags": ["cat", "tabby cat"]}}')
+    return tuple(hashtags)

@@ -1,0 +1,143 @@
+"""How a run ends: by a signal, by the death of a rank, without MLflow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scale_wsl.training import checkpoint
+from tests.ranks import free_port
+from tests.training.launching import ROOT, TINY, Ranks, losses
+
+FAILING = """
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    from scale_wsl.training import loop
+    from scale_wsl.training.pretrain import main
+
+    step = loop.Trainer.step
+
+    def failing_step(self, preemption):
+        if self.counter.step == 2 and self.world.rank == 1:
+            raise ArithmeticError("the cause of it all")
+        return step(self, preemption)
+
+    loop.Trainer.step = failing_step
+    sys.exit(main(sys.argv[1:], default_recipe=Path(sys.argv[0])))
+"""
+
+
+def arguments(corpus: Path, run: Path, *more: str) -> list[str]:
+    return [
+        *TINY,
+        f"data.train={corpus}",
+        f"data.validation={corpus}",
+        f"run.folder={run}",
+        f"tracking.uri=sqlite:///{run}/mlflow.db",
+        "batch.micro=4",
+        "schedule.length=1000 steps",
+        "schedule.evaluate_every=1000 steps",
+        "checkpoint.every=1000 steps",
+        *more,
+    ]
+
+
+def mlflow_status(run: Path) -> str:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{run}/mlflow.db")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "scale-wsl"]
+    (found,) = client.search_runs([experiment.experiment_id])
+    return str(found.info.status)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2], ids=["SIGTERM", "SIGUSR2"])
+def test_a_preempted_run_saves_and_exits_0(emoji_corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    ranks = Ranks(arguments(emoji_corpus, run), 2, tmp_path)
+    ranks.wait_for("step 3/")
+    ranks.processes[1].send_signal(number)  # one rank is enough: all stop together
+    assert ranks.wait() == [0, 0], ranks.output()
+    newest = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    assert checkpoint.read_meta(newest).step == max(losses(run))
+    assert mlflow_status(run) == "KILLED"
+
+
+@pytest.mark.slow
+def test_a_killed_rank_takes_the_others_down(emoji_corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ranks = Ranks(arguments(emoji_corpus, run), 2, tmp_path)
+    ranks.wait_for("step 3/")
+    ranks.processes[1].kill()
+    assert ranks.processes[0].wait(30) == 1
+    assert "rank 0 of 2 failed" in ranks.output()
+    assert mlflow_status(run) == "FAILED"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_the_failing_ranks_error_is_the_last_that_a_rank_prints(
+    emoji_corpus: Path, tmp_path: Path, launcher: str
+) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    recipe = ROOT / "recipes" / "pretrain" / "emoji.yaml"
+    port = str(free_port())
+    binaries = Path(sys.executable).parent
+    if launcher == "deepspeed":
+        command = [str(binaries / "deepspeed"), "--num_accelerators", "2", "--master_port", port]
+        engine = ["--ds_config", "zero2.json"]
+    else:
+        command = [str(binaries / "torchrun"), "--nproc-per-node", "2", "--master-port", port]
+        engine = []
+    path = os.pathsep.join([str(binaries), os.environ["PATH"]])
+    process = subprocess.Popen(
+        [*command, str(script), "--recipe", str(recipe), *engine, *arguments(emoji_corpus, tmp_path / "run")],
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1, output
+    assert "rank 1 of 2 failed" in output
+    assert "rank 0 of 2 failed" not in output
+    after = output[output.rindex("ArithmeticError: the cause of it all") :]
+    assert "Traceback" not in after, after
+    assert mlflow_status(tmp_path / "run") == "FAILED"
+
+
+@pytest.mark.slow
+def test_a_run_without_mlflow_goes_on_and_is_replayed(emoji_corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    nobody = f"http://127.0.0.1:{free_port()}"
+    more = [f"tracking.uri={nobody}", "tracking.finish_timeout=2", "schedule.length=3 steps"]
+    ranks = Ranks(arguments(emoji_corpus, run, *more), 1, tmp_path)
+    assert ranks.wait() == [0], ranks.output()
+    assert nobody in ranks.output()
+    assert "replay" in ranks.output()
+    assert sorted(losses(run)) == [1, 2, 3]
+    replayed = subprocess.run(
+        [sys.executable, "-m", "scale_wsl.cli", "track", "replay", str(run), "--uri", f"sqlite:///{run}/mlflow.db"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert replayed.returncode == 0, replayed.stderr
+    assert mlflow_status(run) == "FINISHED"

@@ -1,0 +1,131 @@
+"""A user's mistake is one clear sentence, and exit code 2 on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from scale_wsl.training import checkpoint
+from tests.ranks import run_ranks
+from tests.training.launching import ROOT, TINY
+
+
+def _main(argv: list[str]) -> tuple[int, str]:
+    from scale_wsl.training.pretrain import main
+
+    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
+        code = main(argv, ROOT / "recipes" / "pretrain" / "emoji.yaml")
+    return code, errors.getvalue()
+
+
+def mistake(argv: list[str], size: int = 2) -> str:
+    """The sentence of a launch that must fail as a user's mistake on every rank, printed by the first rank alone."""
+    results = run_ranks(_main, size, argv, process_group=False)
+    assert [code for code, _ in results] == [2] * size, results
+    printed = [text for _, text in results]
+    assert printed[1:] == [""] * (size - 1)
+    assert printed[0].startswith("error: ")
+    assert printed[0].count("\n") == 1
+    return printed[0]
+
+
+def arguments(corpus: Path, tmp_path: Path, *more: str) -> list[str]:
+    return [
+        *TINY,
+        f"data.train={corpus}",
+        f"data.validation={corpus}",
+        f"run.folder={tmp_path / 'run'}",
+        "tracking.enabled=false",
+        "batch.micro=4",
+        "schedule.length=1 steps",
+        *more,
+    ]
+
+
+@pytest.fixture
+def own_corpus(emoji_corpus: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(emoji_corpus, tmp_path / "corpus"))
+
+
+def one(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def test_an_unknown_recipe_key(emoji_corpus: Path, tmp_path: Path) -> None:
+    assert "did you mean batch.micro?" in mistake(arguments(emoji_corpus, tmp_path, "bach.micro=3"))
+
+
+def test_an_unknown_option(emoji_corpus: Path, tmp_path: Path) -> None:
+    assert "--ds_confg" in mistake(["--ds_confg", "x.json", *arguments(emoji_corpus, tmp_path)])
+
+
+def test_data_that_was_never_prepared(tmp_path: Path) -> None:
+    assert "scale-wsl prepare" in mistake(arguments(tmp_path / "nothing", tmp_path))
+
+
+def test_a_missing_shard(own_corpus: Path, tmp_path: Path) -> None:
+    one(own_corpus, "train-*/000000.tar").unlink()
+    assert "000000.tar" in mistake(arguments(own_corpus, tmp_path))
+
+
+def test_a_vocabulary_that_is_not_the_shards(own_corpus: Path, tmp_path: Path) -> None:
+    vocabulary = one(own_corpus, "train-*/vocabulary.json")
+    vocabulary.write_text(vocabulary.read_text().replace('"hash": "', '"hash": "0'))
+    assert "vocabulary" in mistake(arguments(own_corpus, tmp_path))
+
+
+def test_another_vocabularys_checkpoint(emoji_corpus: Path, tmp_path: Path) -> None:
+    (result,) = run_ranks(_main, 1, arguments(emoji_corpus, tmp_path), process_group=False)
+    assert result == (0, "")
+    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    meta = json.loads((newest / "meta.json").read_text())
+    (newest / "meta.json").write_text(json.dumps(meta | {"vocabulary_hash": "f" * 64}))
+    sentence = mistake(["--resume", "auto", *arguments(emoji_corpus, tmp_path)])
+    assert "vocabulary ffffffffffff" in sentence
+    (newest / "meta.json").write_text(json.dumps(meta))
+    assert "run.seed" in mistake(["--resume", str(newest), *arguments(emoji_corpus, tmp_path, "run.seed=7")])
+    assert "--resume auto" in mistake(arguments(emoji_corpus, tmp_path))
+    other_network = mistake(["--resume", str(newest), *arguments(emoji_corpus, tmp_path, "model.width=8")])
+    assert "model section" in other_network
+
+
+def test_a_ds_config_that_contradicts_the_recipe(emoji_corpus: Path, tmp_path: Path) -> None:
+    config = tmp_path / "mine.json"
+    config.write_text('{"train_micro_batch_size_per_gpu": 5, "zero_optimization": {"stage": 2}}')
+    sentence = mistake(["--ds_config", str(config), *arguments(emoji_corpus, tmp_path)])
+    assert "train_micro_batch_size_per_gpu to 5, but batch.micro is 4" in sentence
+
+
+def test_a_train_batch_size_that_does_not_factor(emoji_corpus: Path, tmp_path: Path) -> None:
+    config = tmp_path / "mine.json"
+    config.write_text('{"train_batch_size": 9, "zero_optimization": {"stage": 2}}')
+    assert "4 x 1 x 2" in mistake(["--ds_config", str(config), *arguments(emoji_corpus, tmp_path)])
+
+
+def test_a_head_group_that_does_not_divide_the_ranks(emoji_corpus: Path, tmp_path: Path) -> None:
+    assert "head.group_size is 3" in mistake(arguments(emoji_corpus, tmp_path, "head.group_size=3"))
+
+
+def test_a_run_folder_that_is_a_file(emoji_corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    assert "run folder" in mistake(arguments(emoji_corpus, tmp_path))
+
+
+def test_too_many_corrupt_images_stop_all_ranks(own_corpus: Path, tmp_path: Path) -> None:
+    shard = one(own_corpus, "train-*/000000.tar")
+    data = bytearray(shard.read_bytes())
+    position = data.find(b"\x89PNG")
+    while position >= 0:  # every image loses its first bytes, no size changes
+        data[position : position + 8] = b"no image"
+        position = data.find(b"\x89PNG")
+    shard.write_bytes(data)
+    sentence = mistake(arguments(own_corpus, tmp_path, "data.max_corrupt=0.001", "schedule.length=9 steps"))
+    assert "data.max_corrupt" in sentence
