@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,16 +116,12 @@ def test_any_text_is_a_recipe_or_a_users_mistake(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "any.yaml"
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        try:
+        with contextlib.suppress(UserError):
             load_recipe(Recipe, path)
-        except UserError:
-            pass
 
 
 @given(st.text(), st.text())
 def test_any_override_is_a_value_or_a_users_mistake(key: str, value: str) -> None:
     for override in (f"{key}={value}", f"batch.micro={value}", f"model.sizes={value}"):
-        try:
+        with contextlib.suppress(UserError):
             load_recipe(Recipe, overrides=[override])
-        except UserError:
-            pass

@@ -83,7 +83,8 @@ def parse_count(text: str) -> int:
     if (match := _COUNT.fullmatch(text)) is None or (match[1] == "0" and match[2]) or ("." in text and not match[2]):
         raise UserError(f"{text!r} is no count of a data set's name, such as 420, 1.5k, 17k or 3.5B")
     whole, _, tenth = match[1].partition(".")
-    return (int(whole) * 10 + int(tenth or 0)) * 1000 ** _UNITS.index(match[2]) // 10
+    scale: int = 1000 ** _UNITS.index(match[2])
+    return (int(whole) * 10 + int(tenth or 0)) * scale // 10
 
 
 def _rounded(count: int, scale: int) -> int:

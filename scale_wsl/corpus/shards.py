@@ -170,7 +170,7 @@ class Dataset:
         self.manifest_hash = manifest_hash
         self.vocabulary = vocabulary
         self.name = DatasetName(manifest["role"], manifest["source"], manifest["images"], manifest["labels"])
-        columns = [_read_index(folder, number, shard, len(vocabulary)) for number, shard in enumerate(manifest["shards"])]
+        columns = [_read_index(folder, shard, len(vocabulary)) for shard in manifest["shards"]]
         records = [shard["records"] for shard in manifest["shards"]]
         self.keys, self.extensions, self.offset, self.length, k, self.label_ids = (
             np.concatenate(column) for column in zip(*columns, strict=True)
@@ -330,8 +330,8 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
             shard.get("index"), f"{number:06d}.parquet"
         ):
             return False
-    images, labels = manifest.get("images"), manifest.get("labels")
-    return _is_count(labels) and _is_count(images) and images > 0 and images == sum(s["records"] for s in shards)
+    images = sum(shard["records"] for shard in shards)
+    return _is_count(manifest.get("labels")) and images > 0 and manifest.get("images") == images
 
 
 def _is_entry(entry: Any, file: str) -> bool:
@@ -360,7 +360,7 @@ def _check_size(folder: Path, entry: Mapping[str, Any]) -> None:
         )
 
 
-def _read_index(folder: Path, number: int, shard: Mapping[str, Any], labels: int) -> tuple[NDArray[Any], ...]:
+def _read_index(folder: Path, shard: Mapping[str, Any], labels: int) -> tuple[NDArray[Any], ...]:
     """Keys, extensions, offsets, lengths, numbers of labels, and labels of one shard's images."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -382,7 +382,8 @@ def _read_index(folder: Path, number: int, shard: Mapping[str, Any], labels: int
     k = np.diff(ids.offsets.to_numpy(zero_copy_only=False))
     rising = np.ones(len(flat), np.bool_)
     rising[1:] = np.diff(flat) > 0
-    rising[np.cumsum(k)[:-1]] = True  # where another image begins, its labels start anew
+    if k.min() >= 1:
+        rising[np.cumsum(k)[:-1]] = True  # where another image begins, its labels start anew
     if not (
         k.min() >= 1
         and rising.all()
@@ -395,4 +396,3 @@ def _read_index(folder: Path, number: int, shard: Mapping[str, Any], labels: int
     ):
         raise UserError(f"{path} is damaged: it points outside its shard, or its labels outside the vocabulary")
     return np.array(keys.to_pylist(), text), np.array(extensions.to_pylist(), text), offset, length, k, flat
-

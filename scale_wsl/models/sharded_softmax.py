@@ -31,6 +31,7 @@ from scale_wsl.collectives import (
 __all__ = ["Shard", "khot_cross_entropy", "logit_chunks", "shard_rows"]
 
 _CHUNK_BYTES = 64 << 20  # of fp32 logits: many rows to a matrix product, and small beside the weights
+_PIECE_BYTES = 8 << 20  # of a product that waits to be added in fp32
 
 
 def shard_rows(vocabulary_size: int, ranks: int, rank: int) -> range:
@@ -145,13 +146,16 @@ def _gather_targets(ids: Tensor, mass: Tensor, group: ProcessGroup | None) -> tu
 
 
 def _accumulate(into: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """`into (+)= a @ b`, without a temporary where the types agree."""
+    """`into (+)= a @ b`; a product of a smaller type is added piece by piece, as there is no room for all of it."""
     if a.dtype == into.dtype:
         torch.addmm(into, a, b, beta=0 if first else 1, out=into)  # beta=0 ignores what is there
-    elif first:
-        into.copy_(a @ b)
-    else:
-        into.add_(a @ b)
+        return
+    rows = max(1, _PIECE_BYTES // (a.element_size() * b.shape[1]))
+    for piece, part in zip(into.split(rows), a.split(rows), strict=True):
+        if first:
+            piece.copy_(part @ b)
+        else:
+            piece.add_(part @ b)
 
 
 @dataclass

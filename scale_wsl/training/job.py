@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scale_wsl.corpus.shards import Dataset
+from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.base import EngineConfig
 from scale_wsl.engines.world import World
@@ -108,8 +108,8 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
         UserError: data that is missing, damaged or of two vocabularies; a ds_config that contradicts the recipe; a
             checkpoint that does not fit; a run folder that cannot be written.
     """
-    train = _open(recipe.data.train, "data.train")
-    validation = _open(recipe.data.validation, "data.validation")
+    train = _open(recipe.data.train, "data.train", "train")
+    validation = _open(recipe.data.validation, "data.validation", "val")
     if train.vocabulary_hash != validation.vocabulary_hash:
         raise UserError(
             f"{recipe.data.train} and {recipe.data.validation} have different vocabularies "
@@ -149,10 +149,12 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
     return job
 
 
-def _open(folder: str, key: str) -> Dataset:
+def _open(folder: str, key: str, role: str) -> Dataset:
+    """A data set by its own folder, or by that of a preparation, which holds one of each role."""
     if not folder:
         raise UserError(f"{key} is empty, but must be the folder of a prepared data set (scale-wsl prepare --help)")
-    return Dataset.open(folder)
+    is_data_set = (Path(folder) / "manifest.json").is_file()
+    return Dataset.open(folder if is_data_set else find_dataset(folder, role))
 
 
 def _deepspeed(recipe: PretrainRecipe, batch: ds_config.BatchSizes, peak: float) -> dict[str, Any] | None:

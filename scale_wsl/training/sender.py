@@ -40,11 +40,11 @@ _ATTEMPTS_FOR_A_FILE = 3
 _REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")  # asking again would not help
 
 
-class _Superseded(Exception):
+class _SupersededError(Exception):
     """Another trainer has taken the run over."""
 
 
-class _Again(Exception):
+class _ReadAgainError(Exception):
     """The spool is read from its beginning again."""
 
 
@@ -94,9 +94,9 @@ class Sender:
                     continue
                 if self._settle(gone):
                     return SENT
-            except _Superseded:
+            except _SupersededError:
                 return SENT
-            except _Again:
+            except _ReadAgainError:
                 continue
             except Exception as error:
                 self._failed(error)
@@ -126,6 +126,7 @@ class Sender:
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
+        self._run_checked = ""  # it may have been deleted: the next attempt looks, and makes another
         print(f"--- attempt {self._failures}", *traceback.format_exception(error), file=sys.stderr, flush=True)
         if self._failures >= 2 and not self._warned:  # once can be a hiccup
             self._warned = True
@@ -175,7 +176,7 @@ class Sender:
 
     def _start(self, event: Event, behind: int) -> None:
         if self.session and event["session"] != self.session and self.state.session == self.session:
-            raise _Superseded
+            raise _SupersededError
         if event["run_id"] and event["run_id"] not in self._missing and event["run_id"] != self.state.run_id:
             self.state = dataclasses.replace(self.state, run_id=event["run_id"])
         run_id, client = self._run(event), self._mlflow()
@@ -207,12 +208,12 @@ class Sender:
 
         run_id, client = self._run(events[0]), self._mlflow()
         points = [
-            [Metric(key, float(value), event["at"], event["step"]) for key, value in event["values"].items()]
+            Metric(key, float(value), event["at"], event["step"])
             for event in events
+            for key, value in event["values"].items()
         ]
-        whole = [point for line in points for point in line]
-        for first in range(0, len(whole), _METRICS_AT_ONCE):  # one pass, but for a line of more than 1,000 metrics
-            some = whole[first : first + _METRICS_AT_ONCE]
+        for first in range(0, len(points), _METRICS_AT_ONCE):  # one pass, but for a line of more than 1,000 metrics
+            some = points[first : first + _METRICS_AT_ONCE]
             if not self._accepted(client.log_batch, run_id, metrics=some, synchronous=True, quiet=len(some) > 1):
                 for point in some if len(some) > 1 else ():
                     self._accepted(client.log_batch, run_id, metrics=[point], synchronous=True)
@@ -240,10 +241,7 @@ class Sender:
         try:
             request(run_id, **arguments)
         except MlflowException as error:
-            if error.error_code in (*_REFUSED, "RESOURCE_DOES_NOT_EXIST") and not self._exists(run_id):
-                self._run_checked = ""
-                raise  # the run was deleted: the next attempt makes another
-            if error.error_code not in _REFUSED:
+            if error.error_code not in _REFUSED or not self._exists(run_id):
                 raise
             if not quiet:
                 print(*traceback.format_exception(error), file=sys.stderr, flush=True)
@@ -284,7 +282,7 @@ class Sender:
                 self.say(f"tracking: MLflow does not know the run {lost}; this run is {run_id} there, with all metrics")
                 self.state = State(run_id=run_id)
                 self.spool.publish(self.state)
-                raise _Again
+                raise _ReadAgainError
             self._advance(self.state.offset, run_id=run_id)
         self._run_checked = run_id
         return run_id

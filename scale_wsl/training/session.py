@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -70,20 +69,21 @@ class Session:
             path, meta = job.resume
             counter, self.run_id = Counter(meta.step, meta.samples), meta.run_id
             state.load_momentum(path, self.engine, self.head, self.head_optimizer)
+        self.loader = TrainLoader(
+            job.train,
+            job.order,
+            recipe.data,
+            micro_batch=recipe.batch.micro,
+            accumulation=recipe.batch.accumulation,
+            rank=world.rank,
+            world_size=world.size,
+            start=counter.samples,
+        )
         self.trainer = Trainer(
             engine=self.engine,
             head=self.head,
             head_optimizer=self.head_optimizer,
-            batches=TrainLoader(
-                job.train,
-                job.order,
-                recipe.data,
-                micro_batch=recipe.batch.micro,
-                accumulation=recipe.batch.accumulation,
-                rank=world.rank,
-                world_size=world.size,
-                start=counter.samples,
-            ),
+            batches=self.loader,
             accumulation=recipe.batch.accumulation,
             world=world,
             optim=recipe.optim,
@@ -131,7 +131,7 @@ class Session:
         bar = tqdm(
             total=steps, initial=counter.step, unit="step", disable=None if self.world.is_main else True, smoothing=0.05
         )
-        with closing(trainer.batches), bar:
+        with self.loader, bar:
             while counter.samples < job.total:
                 before = counter.samples
                 stop = trainer.step(preemption)

@@ -14,6 +14,7 @@ here may touch the network or import MLflow.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -77,11 +78,9 @@ class Spool:
         if self._handle.tell():
             self._handle.seek(-1, os.SEEK_END)
             self._torn = self._handle.read(1) != b"\n"
-        try:
-            # Tells `trainer_alive` that somebody is here. Worth nothing more, so no error where it does not work.
+        # Tells `trainer_alive` that somebody is here. Worth nothing more, so no error where it does not work.
+        with contextlib.suppress(OSError):
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            pass
 
     def append(self, event: Event) -> None:
         """Add an event, with the time (`at`, milliseconds since 1970, all different within a process)."""
@@ -224,7 +223,7 @@ def _parse(line: bytes) -> Event | None:
 
 
 def _load(path: Path, cls: type[Content]) -> Content | None:
-    kinds = {"str": str, "int": int, "float": (int, float)}
+    kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         values = {field.name: content[field.name] for field in dataclasses.fields(cls)}

@@ -12,6 +12,7 @@ until it is resumed or replayed.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import logging
 import os
@@ -170,7 +171,9 @@ class Tracker:
         try:
             self._spool.append(event)
         except OSError as error:
-            _log.warning("tracking: cannot write to %s (%s); this run is recorded no further", self._spool.folder, error)
+            _log.warning(
+                "tracking: cannot write to %s (%s); this run is recorded no further", self._spool.folder, error
+            )
             self._spool = None
             return
         self._start_sender()
@@ -333,8 +336,6 @@ def _absolute(uri: str) -> str:
 def _system_tags() -> dict[str, str]:
     """The tags that MLflow's own pages show: who, and which program."""
     tags = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
-    try:
+    with contextlib.suppress(OSError, KeyError):  # a user id without a name, as in many containers
         tags["mlflow.user"] = getpass.getuser()
-    except (OSError, KeyError):  # a user id without a name, as in many containers
-        pass
     return tags

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.base import EngineConfig, decay_groups, sgd
@@ -17,7 +19,7 @@ from scale_wsl.engines.world import World
 from scale_wsl.loading.decode import normalize
 from scale_wsl.loading.loader import Batch
 from scale_wsl.models.head import ShardedHead, head_mesh
-from scale_wsl.models.resnext import ModelConfig, build_trunk
+from scale_wsl.models.resnext import Bottleneck, initialise
 from scale_wsl.training import checkpoint, state
 from scale_wsl.training.loop import Counter, Trainer
 from scale_wsl.training.preemption import Preemption
@@ -25,10 +27,39 @@ from scale_wsl.training.schedule import LearningRate, OptimConfig
 
 BATCH = 16  # images in a global batch, where a test does not say otherwise
 LABELS = 11  # uneven over 2 and 4 ranks
-MODEL = ModelConfig(depth=26, groups=4, width=4, norm="group", norm_groups=8)
 RATE = LearningRate(start=0.001, peak=0.01, warm_up=5 * BATCH, total=20 * BATCH, halvings=3)
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 SEED = 3
+
+
+class Trunk(nn.Module):
+    """A ResNeXt's stem and two of its blocks, with GroupNorm: small enough for every engine on four ranks.
+
+    GroupNorm, because BatchNorm's statistics are per rank: on another world size it is another network.
+    """
+
+    num_features = 256
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = partial(nn.GroupNorm, 8)
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = norm(64)
+        self.layer1 = nn.Sequential(
+            Bottleneck(64, 64, 256, 2, 8, norm),
+            Bottleneck(256, 64, 256, 1, 8, norm),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.layer1(F.relu(self.bn1(self.conv1(x)))).mean((2, 3))
+        return features
+
+
+def make_trunk() -> Trunk:
+    """The trunk with its initial weights, its residual branches not at zero, so that they count from the first step."""
+    trunk = Trunk()
+    initialise(trunk, SEED, zero_init_residual=False)
+    return trunk
 
 
 def global_batch(step: int, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -63,7 +94,6 @@ def make_trainer(
     *,
     accumulation: int,
     clip: float,
-    model: ModelConfig = MODEL,
     precision: str = "fp32",
     group_size: int = 0,
     batch: int = BATCH,
@@ -83,7 +113,7 @@ def make_trainer(
         precision=precision,
     )
     settings: dict[str, Any] = {"momentum": optim.momentum, "nesterov": True, "weight_decay": optim.weight_decay}
-    trunk = build_trunk(model, SEED)
+    trunk = make_trunk()
     head = ShardedHead(LABELS, trunk.num_features, mesh=head_mesh(group_size), seed=SEED)
     counter = Counter()
     if resume:
@@ -138,7 +168,7 @@ def take_steps(trainer: Trainer, steps: int) -> list[float]:
 
 def reference_losses(steps: int, clip: float, batch: int = BATCH) -> list[float]:
     """The same training in float64 in this process: whole batches, a dense head, plain torch.optim.SGD."""
-    trunk = build_trunk(MODEL, SEED).double()
+    trunk = make_trunk().double()
     initial = ShardedHead(LABELS, trunk.num_features, mesh=head_mesh(1), seed=SEED)
     head = torch.nn.Linear(trunk.num_features, LABELS).double()
     with torch.no_grad():

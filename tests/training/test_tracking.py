@@ -126,11 +126,12 @@ def test_a_run_is_recorded_whole_and_resumed_as_the_same_run(
     assert capfd.readouterr() == ("", "")  # of MLflow's own chatter nothing reaches the screen
 
     # A resumed session: the same run; a changed setting; step 1 done again with one result that differs.
-    with pytest.raises(RuntimeError, match="boom"), Tracker(config(store.uri, "whole"), folder, run_id="") as again:
-        again.start({**params, "optim.lr": 0.2, "new": "yes"}, {"data_set": "train-emoji"})
-        again.metrics(1, {"train/loss": 2.5, "up": math.inf, "bad": 3.0})
-        again.metrics(3, {"train/loss": 1.0})
-        raise RuntimeError("boom")
+    again = Tracker(config(store.uri, "whole"), folder, run_id="")
+    again.start({**params, "optim.lr": 0.2, "new": "yes"}, {"data_set": "train-emoji"})
+    again.metrics(1, {"train/loss": 2.5, "up": math.inf, "bad": 3.0})
+    again.metrics(3, {"train/loss": 1.0})
+    with pytest.raises(ZeroDivisionError), again:
+        1 / 0  # noqa: B018
     # The first to finish counts, and a failure does not wait long: its sender goes on alone.
     again.finish("FINISHED")
     eventually(lambda: store.status(run_id) == "FAILED", "FAILED")
@@ -183,8 +184,12 @@ def test_a_killed_trainer_is_failed_until_it_is_resumed_and_never_uses_the_netwo
     eventually(lambda: store.status(run_id) == "RUNNING", "RUNNING")
     with pytest.raises(UserError, match="still going"):
         replay(folder)
-    tracker.finish("KILLED")
-    assert store.status(run_id) == "KILLED"
+    # A launcher that ends all processes asks the sender too; it notes that, and stays for the trainer's last words.
+    assert tracker._sender is not None
+    tracker._sender.terminate()
+    eventually(lambda: store.status(run_id) == "KILLED", "KILLED")
+    tracker.finish("FINISHED")
+    assert store.status(run_id) == "FINISHED"
     assert store.runs("killed") == [run_id]
     assert store.points(run_id, "train/loss") == [(1, 4.0), (2, 3.0), (3, 2.0)]
 

@@ -103,7 +103,7 @@ def _file_names(emoji: str) -> Iterator[str]:
 
 
 def _base(emoji: str) -> str:
-    """The emoji without skin tone, gender and direction: the woman who runs to the right and the man who runs are one."""
+    """The emoji without skin tone, gender and direction: who runs to the left or right, man or woman, is one."""
     return _CHILD.sub("\U0001f9d2", _PERSON.sub("\U0001f9d1", _VARIANTS.sub("", emoji)))
 
 

@@ -27,8 +27,9 @@ _LARGEST_SIDECAR = 1 << 20  # bytes
 class FolderSource:
     """Every image below a folder.
 
-    The hashtags of `a/b/cat.jpg` are those of `a/b/cat.txt` (separated by white space, commas or semicolons; # optional),
-    else those of `a/b/cat.json` (`{"hashtags": ["cat", "tabby cat"]}`), else the names of its folders, `a` and `b`.
+    The hashtags of `a/b/cat.jpg` are those of `a/b/cat.txt` (separated by white space, commas or semicolons; # is
+    optional), else those of `a/b/cat.json` (`{"hashtags": ["cat", "tabby cat"]}`), else the names of its folders, `a`
+    and `b`.
     """
 
     path: str = setting("", "The folder.")
