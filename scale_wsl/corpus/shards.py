@@ -391,7 +391,7 @@ def _read_index(folder: Path, shard: Mapping[str, Any], labels: int) -> tuple[ND
         and flat.max() < labels
         and offset.min() >= _HEADER
         and length.min() >= 0
-        and length.max() <= shard["tar"]["bytes"]
+        and max(offset.max(), length.max()) <= shard["tar"]["bytes"]  # each, or their sum could overflow
         and (offset + length).max() <= shard["tar"]["bytes"]
     ):
         raise UserError(f"{path} is damaged: it points outside its shard, or its labels outside the vocabulary")

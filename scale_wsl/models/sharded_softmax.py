@@ -151,7 +151,7 @@ def _accumulate(into: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         torch.addmm(into, a, b, beta=0 if first else 1, out=into)  # beta=0 ignores what is there
         return
     rows = max(1, _PIECE_BYTES // (a.element_size() * b.shape[1]))
-    for piece, part in zip(into.split(rows), a.split(rows), strict=True):
+    for piece, part in zip(torch.split(into, rows), torch.split(a, rows), strict=True):
         if first:
             piece.copy_(part @ b)
         else:

@@ -46,7 +46,12 @@ def test_what_shows_through_is_white() -> None:
     assert thumbnail[:, SIDE // 2 + 1 :].min() > 250
     palette = drawing.convert("P")
     palette.info["transparency"] = palette.getpixel((60, 10))
-    assert np.abs(look(encode(palette, transparency=palette.info["transparency"]), LIMIT).thumbnail.astype(int) - thumbnail).max() < 5
+    assert (
+        np.abs(
+            look(encode(palette, transparency=palette.info["transparency"]), LIMIT).thumbnail.astype(int) - thumbnail
+        ).max()
+        < 5
+    )
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:

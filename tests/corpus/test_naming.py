@@ -8,7 +8,9 @@ from scale_wsl.corpus.naming import ROLES, DatasetName, format_count, parse_coun
 from scale_wsl.errors import UserError
 
 SLUGS = st.from_regex(r"[A-Za-z][A-Za-z0-9_]{0,39}", fullmatch=True)
-COUNTS = st.integers(0, 999 * 10**12) | st.builds(lambda digits, power: digits * 10**power, st.integers(0, 10**4), st.just(9))
+COUNTS = st.integers(0, 999 * 10**12) | st.builds(
+    lambda digits, power: digits * 10**power, st.integers(0, 10**4), st.just(9)
+)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,9 @@ def test_any_text_is_a_name_that_is_written_the_same_or_a_users_mistake(text: st
     assert str(name) == text
 
 
-@pytest.mark.parametrize("text", ["", "train-IG-1B", "dev-IG-1B-17k", "train-I G-1B-17k", "train-IG-01-17k", "train-IG-1.0k-1"])
+@pytest.mark.parametrize(
+    "text", ["", "train-IG-1B", "dev-IG-1B-17k", "train-I G-1B-17k", "train-IG-01-17k", "train-IG-1.0k-1"]
+)
 def test_what_is_no_name_is_refused(text: str) -> None:
     with pytest.raises(UserError):
         DatasetName.parse(text)

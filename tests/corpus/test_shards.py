@@ -25,7 +25,13 @@ from scale_wsl.hashtags import Vocabulary, WordNet
 POSTS = [("cat", "dog"), ("cat",), ("cat", "fish", "dog"), ("bird",), ("bird", "cat")]
 VOCABULARY, _ = Vocabulary.build(POSTS, WordNet.load())
 RECORDS = [
-    (f"key-{i}", ("png", "jpg", "webp")[i % 3], bytes([i]) * (i * 300 + 1), (f"#Tag {i}", "Katze ü"), sorted({i % 4, i % 3}))
+    (
+        f"key-{i}",
+        ("png", "jpg", "webp")[i % 3],
+        bytes([i]) * (i * 300 + 1),
+        (f"#Tag {i}", "Katze ü"),
+        sorted({i % 4, i % 3}),
+    )
     for i in range(11)
 ]
 
@@ -197,7 +203,9 @@ def test_an_index_that_lies_is_refused(folder: Path, column: str, row: int, valu
     cells = table.column(column).to_pylist()
     cells[row] = value
     at = table.schema.get_field_index(column)
-    pq.write_table(table.set_column(at, table.schema.field(column), pa.array(cells, table.schema.field(column).type)), path)
+    pq.write_table(
+        table.set_column(at, table.schema.field(column), pa.array(cells, table.schema.field(column).type)), path
+    )
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][0]["index"]["bytes"] = path.stat().st_size
     (folder / "manifest.json").write_text(json.dumps(manifest))

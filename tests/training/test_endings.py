@@ -78,7 +78,8 @@ def test_a_killed_rank_takes_the_others_down(emoji_corpus: Path, tmp_path: Path)
     ranks = Ranks(arguments(emoji_corpus, run), 2, tmp_path)
     ranks.wait_for("step 3/")
     ranks.processes[1].kill()
-    assert ranks.processes[0].wait(30) == 1
+    ranks.processes[0].wait(30)
+    assert ranks.wait() == [1, -signal.SIGKILL]
     assert "rank 0 of 2 failed" in ranks.output()
     assert mlflow_status(run) == "FAILED"
 

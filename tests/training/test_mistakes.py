@@ -27,11 +27,12 @@ def mistake(argv: list[str], size: int = 2) -> str:
     """The sentence of a launch that must fail as a user's mistake on every rank, printed by the first rank alone."""
     results = run_ranks(_main, size, argv, process_group=False)
     assert [code for code, _ in results] == [2] * size, results
-    printed = [text for _, text in results]
-    assert printed[1:] == [""] * (size - 1)
-    assert printed[0].startswith("error: ")
-    assert printed[0].count("\n") == 1
-    return printed[0]
+    sentences = [[line for line in text.splitlines() if line.startswith("error: ")] for _, text in results]
+    assert sentences[1:] == [[]] * (size - 1)
+    (sentence,) = sentences[0]
+    assert results[0][1].endswith(sentence + "\n")
+    assert not any("Traceback" in text for _, text in results)
+    return sentence
 
 
 def arguments(corpus: Path, tmp_path: Path, *more: str) -> list[str]:

@@ -1,0 +1,429 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scale_wsl.corpus import gather as gather_module
+from scale_wsl.corpus.gather import gather
+from scale_wsl.corpus.labels import label_ids
+from scale_wsl.corpus.posts import Post
+from scale_wsl.corpus.prepare import PrepareConfig, Prepared, prepare
+from scale_wsl.corpus.shards import Dataset, find_dataset
+from scale_wsl.corpus.sources import open_source
+from scale_wsl.errors import UserError
+from scale_wsl.hashtags import normalize_all
+from scale_wsl.recipe import load_recipe
+from tests.loading.fakes import encode
+
+TAGS = ("cat", "dog", "bird", "fish", "horse")
+
+
+def noise(seed: int, side: int = 24) -> Image.Image:
+    coarse = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8))
+    return coarse.resize((side, side), Image.Resampling.BICUBIC)
+
+
+class ToySource:
+    """Noise images, each with a near-identical mate and now and then an exact copy, and some that are of no use."""
+
+    name = "toy"
+    licence = "none"
+    attribution = "nobody"
+    stop = ("horse",)
+
+    def __init__(self, images: int = 60, version: int = 1) -> None:
+        self.images = images
+        self.version = version
+
+    def fingerprint(self) -> Mapping[str, object]:
+        return {"images": self.images, "version": self.version}
+
+    def count(self) -> int | None:
+        return None
+
+    def posts(self) -> Iterator[Post]:
+        def post(key: str, image: bytes, *hashtags: str) -> Post:
+            return Post(key, lambda: image, hashtags)
+
+        for i in range(self.images):
+            image, tag = encode(noise(i)), TAGS[i % 4]
+            yield post(f"a{i}", image, f"#{tag.title()}", "zzz", "horse")
+            yield post(f"near{i}", encode(noise(i, 30), "JPEG", quality=90), tag)
+            if i % 10 == 0:
+                yield post(f"copy{i}", image, TAGS[(i + 1) % 4])
+        yield post("nohashtag", encode(noise(1000)), "!!!", "123")
+        yield post("broken", encode(noise(1001))[:200], "cat")
+        yield post("large", encode(Image.new("1", (2000, 2000))), "cat")
+        yield post("heavy", bytes(300_000), "cat")
+        yield post("nolabel", encode(noise(1002)), "zzz")
+        yield Post("gone", Path("/nonexistent/image.png"), ("cat",))
+
+
+CONFIG = PrepareConfig(
+    min_count=2, validation_share=0.3, records_per_shard=16, max_pixels=1_000_000, max_bytes=200_000, workers=2
+)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare(ToySource(), tmp_path_factory.mktemp("toy") / "deep" / "out", CONFIG)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def jsons(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.name.endswith(".json"):
+                    extracted = archive.extractfile(member)
+                    assert extracted is not None
+                    found[member.name.removesuffix(".json")] = json.load(extracted)
+    return found
+
+
+def test_every_post_is_accounted_for(toy: Prepared) -> None:
+    report = toy.report
+    assert not toy.reused
+    assert report["posts"] == 132
+    assert report["copies"] == 6
+    assert report["dropped"] == {
+        "no hashtag": 1,
+        "undecodable": 1,
+        "too many pixels": 1,
+        "too many bytes": 1,
+        "unreadable": 1,
+        "no label in the vocabulary": 1,
+    }
+    assert report["examples"]["no hashtag"] == ["nohashtag"]
+    assert report["train"]["images"] + report["val"]["images"] == 132 - 6 - 6
+    assert report["dropped_hashtags"] == {"no letter": 1, "empty": 1}
+    assert report["vocabulary"]["dropped_hashtags"]["stop list"] == 1
+    assert report["near_identical"]["clusters"] == 61
+    assert report["near_identical"]["largest"] == 2
+    assert all(word in toy.summary() for word in ("132 posts", "6 exact copies", "4 labels", "train-toy-84-4"))
+
+
+def test_the_folder_holds_two_whole_data_sets(toy: Prepared) -> None:
+    out = toy.train.parent
+    assert sorted(path.name for path in out.iterdir()) == ["prepared.json", toy.train.name, toy.validation.name]
+    assert sorted(path.name for path in out.parent.iterdir()) == [".out.lock", "out"]
+    assert find_dataset(out, "train") == toy.train
+    assert find_dataset(out, "val") == toy.validation
+    for path, role in ((toy.train, "train"), (toy.validation, "val")):
+        dataset = Dataset.open(path)
+        dataset.verify()
+        assert path.name == str(dataset.name)
+        assert (dataset.name.role, dataset.name.source, dataset.name.labels) == (role, "toy", 4)
+        assert {key: dataset.manifest[key] for key in ("licence", "attribution")} == {
+            "licence": "none",
+            "attribution": "nobody",
+        }
+        k = np.bincount(np.diff(dataset.label_start))
+        assert dataset.manifest["labels_per_image"] == {str(i): int(n) for i, n in enumerate(k) if n}
+
+
+def test_no_image_and_no_near_identical_one_is_on_both_sides(toy: Prepared) -> None:
+    train, validation = Dataset.open(toy.train), Dataset.open(toy.validation)
+    subjects = [{key.removeprefix("near").removeprefix("a") for key in side.keys} for side in (train, validation)]
+    assert not subjects[0] & subjects[1]
+    assert len(validation) == 36
+    contents = [{side.read(i) for i in range(len(side))} for side in (train, validation)]
+    assert not contents[0] & contents[1]
+    assert len(contents[0]) + len(contents[1]) == len(train) + len(validation)
+
+
+def test_labels_are_those_of_the_hashtags_and_images_are_untouched(toy: Prepared) -> None:
+    source = {post.key: post for post in ToySource().posts()}
+    for path in (toy.train, toy.validation):
+        dataset, facts = Dataset.open(path), jsons(path)
+        for i, key in enumerate(dataset.keys):
+            post = source[key]
+            assert callable(post.image)
+            assert dataset.read(i) == post.image()
+            hashtags = list(post.hashtags)
+            if (copy := source.get(f"copy{key[1:]}")) is not None and key.startswith("a"):
+                hashtags += copy.hashtags  # of an exact copy
+            assert facts[key]["hashtags"] == hashtags
+            expected = label_ids(normalize_all(hashtags)[0], dataset.vocabulary)
+            assert dataset.labels(i).tolist() == facts[key]["labels"] == expected.tolist()
+
+
+def test_the_vocabulary_is_that_of_the_training_split_alone(toy: Prepared) -> None:
+    train, validation = Dataset.open(toy.train), Dataset.open(toy.validation)
+    assert train.vocabulary == validation.vocabulary
+    counts = np.bincount(train.label_ids, minlength=4)
+    assert counts.tolist() == [entry.count for entry in train.vocabulary.entries]
+    assert train.vocabulary.stop == ("horse",)
+
+
+def test_the_records_are_shuffled(toy: Prepared) -> None:
+    keys = [str(key) for key in Dataset.open(toy.train).keys]
+    assert keys != sorted(keys)
+    ends = [key.startswith("near") for key in keys]
+    assert 0.2 < np.mean(ends[: len(ends) // 2]) < 0.8
+
+
+def test_the_same_input_gives_the_same_bytes(toy: Prepared, tmp_path: Path) -> None:
+    again = prepare(ToySource(), tmp_path / "again", PrepareConfig(**CONFIG.recorded(), workers=1))
+    assert hashes(again.train) == hashes(toy.train)
+    assert hashes(again.validation) == hashes(toy.validation)
+
+
+def test_the_seed_changes_the_split(toy: Prepared, tmp_path: Path) -> None:
+    other = prepare(ToySource(), tmp_path / "other", PrepareConfig(**CONFIG.recorded() | {"seed": 1}))
+    assert set(Dataset.open(other.validation).keys) != set(Dataset.open(toy.validation).keys)
+
+
+def test_repeating_does_nothing(toy: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = toy.train.parent
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    monkeypatch.setattr(ToySource, "posts", None)
+    again = prepare(ToySource(), out, PrepareConfig(**CONFIG.recorded(), workers=7))
+    assert again.reused
+    assert (again.train, again.validation, again.report) == (toy.train, toy.validation, toy.report)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_another_preparation_in_the_same_folder_is_refused(toy: Prepared) -> None:
+    out = toy.train.parent
+    with pytest.raises(UserError, match=r"different: fingerprint\.version, settings\.min_count\): choose another"):
+        prepare(ToySource(version=2), out, PrepareConfig(**CONFIG.recorded() | {"min_count": 3}))
+
+
+def test_overwriting_replaces_all_of_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(ToySource(30), out, CONFIG)
+    (out / "stray").write_text("x")
+    replaced = prepare(ToySource(40), out, CONFIG, overwrite=True)
+    assert not replaced.reused
+    assert replaced.report["posts"] == 90
+    assert sorted(path.name for path in out.iterdir()) == [
+        "prepared.json",
+        replaced.train.name,
+        replaced.validation.name,
+    ]
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".out.lock"] == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    for content in (None, "{}", "[]", '{"recipe": 1}', '{"format": "scale_wsl preparation", "version": 1}'):
+        if content is not None:
+            (tmp_path / "prepared.json").write_text(content)
+        with pytest.raises(UserError, match="not made by scale-wsl prepare"):
+            prepare(ToySource(), tmp_path, CONFIG, overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+
+
+def test_an_empty_folder_is_taken_and_a_file_is_not(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert prepare(ToySource(), tmp_path / "empty", CONFIG).train.is_dir()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        prepare(ToySource(), tmp_path / "file", CONFIG)
+    with pytest.raises(UserError, match="cannot write into"):
+        prepare(ToySource(), tmp_path / "file" / "below", CONFIG)
+
+
+def test_a_damaged_preparation_is_named_not_reused(tmp_path: Path) -> None:
+    prepared = prepare(ToySource(), tmp_path / "out", CONFIG)
+    (prepared.validation / "000000.tar").unlink()
+    with pytest.raises(UserError, match=r"000000\.tar is missing"):
+        prepare(ToySource(), tmp_path / "out", CONFIG)
+    assert not prepare(ToySource(), tmp_path / "out", CONFIG, overwrite=True).reused
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    class Failing(ToySource):
+        def posts(self) -> Iterator[Post]:
+            yield from list(super().posts())[:50]
+            raise UserError("the source broke")
+
+    with pytest.raises(UserError, match="the source broke"):
+        prepare(Failing(), tmp_path / "out", CONFIG)
+    with pytest.raises(UserError, match="no hashtag that WordNet knows is on 1000 of the"):
+        prepare(ToySource(), tmp_path / "out", PrepareConfig(**CONFIG.recorded() | {"min_count": 1000}))
+    with pytest.raises(UserError, match="no image is left for the val split"):
+        prepare(ToySource(3), tmp_path / "out", PrepareConfig(**CONFIG.recorded() | {"validation_share": 0.01}))
+    with pytest.raises(UserError, match=r"gave no usable image \(1 no hashtag, "):
+        prepare(ToySource(0), tmp_path / "out", PrepareConfig(**CONFIG.recorded() | {"max_bytes": 10}))
+    assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
+
+
+def test_a_key_comes_once(tmp_path: Path) -> None:
+    class Twice(ToySource):
+        def posts(self) -> Iterator[Post]:
+            yield from super().posts()
+            yield from super().posts()
+
+    with pytest.raises(UserError, match="same key, a0"):
+        prepare(Twice(), tmp_path / "out", CONFIG)
+
+
+def test_an_image_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    for i in range(3):
+        (tmp_path / "cat" / f"{i}.png").write_bytes(encode(noise(i)))
+    gathered = gather(open_source(str(tmp_path)), tmp_path / "spool", max_pixels=10**6, max_bytes=10**6, workers=1)
+    assert (tmp_path / "spool").stat().st_size == 0  # files are read where they are
+    assert gathered.read(gathered.records[0]) == (tmp_path / "cat" / "0.png").read_bytes()
+    (tmp_path / "cat" / "0.png").write_bytes(encode(noise(9)))
+    (tmp_path / "cat" / "1.png").unlink()
+    for record, match in ((0, "was changed"), (1, "any more")):
+        with pytest.raises(UserError, match=match):
+            gathered.read(gathered.records[record])
+
+
+def test_few_images_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = finished = most = 0
+    real = gather_module._append
+
+    class Counting(ToySource):
+        def posts(self) -> Iterator[Post]:
+            nonlocal taken, most
+            for i in range(80):
+                taken += 1
+                most = max(most, taken - finished)
+                yield Post(f"k{i}", lambda i=i: encode(noise(i)), ("cat",))  # type: ignore[misc]
+
+    def counted(spooled: Any, data: bytes) -> tuple[int, int]:
+        nonlocal finished
+        finished += 1
+        return real(spooled, data)
+
+    monkeypatch.setattr(gather_module, "_append", counted)
+    gather(Counting(), tmp_path / "spool", max_pixels=10**6, max_bytes=10**6, workers=2)
+    assert (taken, finished) == (80, 80)
+    assert most <= 10
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("min_count", 0), ("size", 0), ("validation_share", 0.0), ("validation_share", 1.0), ("workers", 0), ("seed", -1)],
+)
+def test_settings_out_of_range(key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"{key} is {value}, but must be"):
+        PrepareConfig(**{key: value})
+
+
+def test_settings_come_from_the_command_line() -> None:
+    assert load_recipe(PrepareConfig, None, ["min_count=3", "size=100"]) == PrepareConfig(min_count=3, size=100)
+
+
+# --- killed at any moment -------------------------------------------------------------------------------------------
+
+_KILLED = """
+import sys, time
+from pathlib import Path
+from scale_wsl.corpus import gather, prepare
+from tests.corpus.test_prepare import CONFIG, ToySource
+
+stage, out = sys.argv[1], Path(sys.argv[2])
+
+def stop():
+    print("here", flush=True)
+    time.sleep(600)
+
+class Source(ToySource):
+    def posts(self):
+        for number, post in enumerate(super().posts()):
+            if stage == "gathering" and number == 40:
+                stop()
+            yield post
+
+reads = 0
+read = gather.Gathered.read
+def reading(self, record):
+    global reads
+    reads += 1
+    if stage == "writing" and reads == 40 or stage == "writing the second" and reads == 100:
+        stop()
+    return read(self, record)
+gather.Gathered.read = reading
+
+if stage == "replacing":
+    rename = prepare.os.rename
+    def renaming(a, b):
+        rename(a, b)
+        if str(b).endswith(".old.part"):
+            stop()
+    prepare.os.rename = renaming
+prepare.prepare(Source(), out, CONFIG, overwrite=stage == "replacing")
+"""
+
+
+@pytest.mark.parametrize("stage", ["gathering", "writing", "writing the second", "replacing"])
+def test_kill_9_leaves_nothing_half_made(stage: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if stage == "replacing":
+        prepare(ToySource(30), out, CONFIG)
+    child = subprocess.Popen([sys.executable, "-c", _KILLED, stage, str(out)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    with child.stdout:
+        assert child.stdout.readline() == "here\n"
+        assert any(path.name.endswith(".part") for path in tmp_path.iterdir())
+        assert not out.exists()
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+    assert not out.exists()
+    unrelated = tmp_path / ".out.v2.0123abcd.part"  # another preparation's, perhaps at work
+    unrelated.mkdir()
+
+    prepared = prepare(ToySource(), out, CONFIG)
+    assert not prepared.reused
+    for path in (prepared.train, prepared.validation):
+        Dataset.open(path).verify()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", unrelated.name, "out"]
+
+
+def test_two_at_once_prepare_it_once(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from scale_wsl.corpus.prepare import prepare; "
+        "from tests.corpus.test_prepare import CONFIG, ToySource; "
+        "print(prepare(ToySource(), Path(sys.argv[1]), CONFIG).reused)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    started = time.monotonic()
+    outputs = sorted(child.communicate(timeout=120)[0].strip() for child in children)
+    assert outputs == ["False", "True"], time.monotonic() - started
+
+
+# --- a real corpus --------------------------------------------------------------------------------------------------
+
+
+def test_the_emoji_corpus(emoji_corpus: Path) -> None:
+    train, validation = (Dataset.open(find_dataset(emoji_corpus, role)) for role in ("train", "val"))
+    for dataset in (train, validation):
+        dataset.verify()
+        assert "CC-BY-SA-4.0" in dataset.manifest["licence"]
+        assert "OpenMoji" in dataset.manifest["attribution"]
+    assert not set(train.keys) & set(validation.keys)
+    assert 200 < len(train) < 300
+    assert 25 < len(validation) < 60
+    assert len(train.vocabulary) > 100
+    names = {entry.hashtag for entry in train.vocabulary.entries}
+    assert {"animal", "food", "face"} <= names
+    assert train.labels(0).tolist() == sorted(set(train.labels(0).tolist()))
