@@ -33,8 +33,9 @@ _FAINT = 4.0
 """Grey levels: a thumbnail that varies less (standard deviation) is scaled as if it varied so much, or the noise of
 nearly empty images would be compared; they are near-identical to each other instead."""
 
-_LEAF = 1024
-_PREFIX = 32
+_LEAF = 1024  # rows of a leaf of the search tree: a block of distances takes 4 MB
+_PREFIX = 32  # coordinates that rule out most pairs
+_DENSE = 1 << 15  # pairs left of a block from which on one product of all coordinates is cheaper than pair by pair
 
 
 def clusters(thumbnails: NDArray[np.uint8], groups: Sequence[str | None]) -> NDArray[np.int64]:
@@ -95,11 +96,14 @@ class _Forest:
 
     def join(self, a: NDArray[np.int64], b: NDArray[np.int64]) -> None:
         """Join a[i] and b[i] for every i."""
-        a, b = self.find(a), self.find(b)
-        different = a != b  # in a dense cluster nearly all pairs are joined already
-        for one, other in np.unique(np.stack((a[different], b[different]), axis=1), axis=0).tolist():
-            roots = self._root(one), self._root(other)
-            self.parent[max(roots)] = min(roots)
+        while True:
+            a, b = self.find(a), self.find(b)
+            apart = a != b
+            if not apart.any():
+                return
+            a, b = a[apart], b[apart]
+            # Each root is hung on the smallest of those it meets; what it met beside that is for the next round.
+            np.minimum.at(self.parent, np.maximum(a, b), np.minimum(a, b))
 
     def find(self, elements: NDArray[np.int64]) -> NDArray[np.int64]:
         """The root of each element, to which it is linked directly from now on."""
@@ -108,11 +112,6 @@ class _Forest:
             roots = above
         self.parent[elements] = roots
         return roots
-
-    def _root(self, i: int) -> int:
-        while (above := int(self.parent[i])) != i:
-            i = above
-        return i
 
 
 def _spectrum(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -171,10 +170,12 @@ def _near_blocks(vectors: NDArray[np.float32]) -> Iterator[tuple[NDArray[np.int6
                     continue
                 b = vectors[leaves[other]]
                 rows, columns = np.nonzero(_squared_distances(a[:, :_PREFIX], b[:, :_PREFIX]) <= squared)
-                for start in range(0, len(rows), 1 << 16):
-                    r, c = rows[start : start + (1 << 16)], columns[start : start + (1 << 16)]
-                    near = ((a[r] - b[c]) ** 2).sum(1) <= squared
-                    yield leaf[r[near]], leaves[other][c[near]]
+                if len(rows) > _DENSE:
+                    rows, columns = np.nonzero(_squared_distances(a, b) <= squared)
+                else:
+                    near = ((a[rows] - b[columns]) ** 2).sum(1) <= squared
+                    rows, columns = rows[near], columns[near]
+                yield leaf[rows], leaves[other][columns]
 
 
 def _squared_distances(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -207,7 +207,6 @@ def _differences(there: Any, wanted: Any, prefix: str = "") -> list[str]:
 
 def _fill(folder: Path, source: Source, config: PrepareConfig, recipe: Mapping[str, Any]) -> None:
     started = time.monotonic()
-    wordnet = WordNet.load()
     workers = config.workers or _cores()
     spool = folder / "spool"
     gathered = gather(source, spool, max_pixels=config.max_pixels, max_bytes=config.max_bytes, workers=workers)
@@ -224,7 +223,7 @@ def _fill(folder: Path, source: Source, config: PrepareConfig, recipe: Mapping[s
     }
     vocabulary, counted = Vocabulary.build(
         (record.normalised for record in sides["train"]),
-        wordnet,
+        WordNet.load(),
         min_count=config.min_count,
         size=config.size,
         stop=source.stop,

@@ -22,7 +22,7 @@ from tests.ranks import run_ranks
 
 _D, _B, _K = 6, 7, 5  # features, images per rank, most tags of an image
 _VOCABULARIES = (1, 3, 17, 1001)
-_BOUNDS = (1e-12, 2e-5, 0.03)  # relative errors in float64, fp32 and bf16
+_BOUNDS = (1e-12, 2e-5, 0.06)  # relative errors in float64, fp32, bf16 (whose logits near 10 are off by up to 0.03)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def test_kill_9_at_three_random_steps_changes_no_bit(emoji_corpus: Path, tmp_pat
 def test_another_engine_and_other_world_sizes_go_on_alike(emoji_corpus: Path, tmp_path: Path) -> None:
     def arguments(run: Path, micro: int) -> list[str]:
         # GroupNorm: BatchNorm's statistics are per rank, so they are another network's on another world size.
-        more = ["model.norm=group", "model.norm_groups=8", f"batch.micro={micro}", "optim.lr=0.02"]
+        more = ["model.norm=group", "model.norm_groups=8", f"batch.micro={micro}", "optim.lr=0.002"]
         return _arguments(emoji_corpus, run, *more, steps=20)
 
     undisturbed = tmp_path / "undisturbed"

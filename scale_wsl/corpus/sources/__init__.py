@@ -42,7 +42,7 @@ def source_class(name: str) -> type[Any]:
     raise UserError(f"{name!r} is no source: it must be {', '.join(SOURCES)}, or the path of a folder or a table")
 
 
-def open_source(name: str, **options: Any) -> Source:
+def open_source(name: str, /, **options: Any) -> Source:
     """A source by its name, `SOURCES`, or by the path of the user's own folder or table.
 
     Raises:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import lzma
+import os
 import posixpath
 import shutil
 import subprocess
@@ -206,6 +207,8 @@ def _data_member(handle: IO[bytes], deb: Path) -> IO[bytes]:
             size = int(header[48:58])
             if header.startswith(b"data.tar.zst"):
                 raise UserError(f"{deb} is compressed with zstd, which is not read here; take Debian's package")
+            if os.fstat(handle.fileno()).st_size < handle.tell() + size:
+                raise UserError(f"{deb} is cut short: fetch it again")
             if header.startswith(b"data.tar"):
                 return _Part(handle, size)  # type: ignore[return-value]  # all that tarfile needs is `read`
             handle.seek(size + size % 2, io.SEEK_CUR)

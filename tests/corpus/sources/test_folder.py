@@ -117,7 +117,7 @@ def test_an_unreadable_folder_is_an_error_and_no_empty_one(folder: Path, monkeyp
         return []
 
     monkeypatch.setattr(os, "walk", walk)
-    with pytest.raises(UserError, match="cannot read the image folder .*: Permission denied"):
+    with pytest.raises(UserError, match=r"cannot read the image folder .*: Permission denied"):
         FolderSource(path=str(folder))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
 import tarfile
@@ -127,10 +128,8 @@ def test_any_tag_comes_back(tags: list[str]) -> None:
 @given(st.binary(max_size=200), st.integers(0, 500))
 def test_any_bytes_give_tags_or_a_value_error(noise: bytes, at: int) -> None:
     whole = svg("cat", "dog")
-    try:
+    with contextlib.suppress(ValueError):
         assert all(subjects(whole[:at] + noise + whole[at + len(noise) :]))
-    except ValueError:
-        pass
 
 
 def test_damaged_packages_are_named(debs: Path) -> None:
@@ -139,8 +138,9 @@ def test_damaged_packages_are_named(debs: Path) -> None:
     zstd = whole.replace(b"data.tar.xz ", b"data.tar.zst")
     for content, match in (
         (b"", "no Debian package"),
-        (whole[:200], "no Debian package"),
-        (whole[:-100], "no Debian package"),
+        (whole[:200], "cut short"),
+        (whole[:-100], "cut short"),
+        (whole[:-100] + b"x" * 100, "no Debian package|cut short"),
         (b"!<arch>\n" + b"x" * 60, "no Debian package"),
         (zstd, "compressed with zstd"),
     ):
@@ -166,7 +166,7 @@ def test_the_right_packages_must_be_there(debs: Path) -> None:
 def test_without_apt_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCALE_WSL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="there is no apt-get here: download .* give their folder as debs=FOLDER"):
+    with pytest.raises(UserError, match=r"there is no apt-get here: download .* give their folder as debs=FOLDER"):
         list(OpenclipartSource().posts())
 
     apt = tmp_path / "apt-get"
