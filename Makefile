@@ -12,6 +12,8 @@ CORPUS ?= emoji
 ARGS ?=
 # One rank for each GPU; two on the CPU where there is none.
 RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); [ "$$n" -gt 0 ] && echo $$n || echo 2)
+# DeepSpeed warns where it has to find out for itself that there is no GPU.
+ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo DS_ACCELERATOR=cpu)
 RUN ?= runs/demo-$(CORPUS)-$(shell date +%Y%m%d-%H%M%S)
 
 BIN := $(VENV)/bin
@@ -29,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 # Two jobs of the deepspeed launcher on one machine would collide on its fixed port, so a free one is asked for.
 demo: $(INSTALLED)
 	$(BIN)/scale-wsl prepare $(CORPUS) --out data/$(CORPUS)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators $(RANKS) --master_port \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(ACCELERATOR) $(BIN)/deepspeed --log_level error --num_accelerators $(RANKS) --master_port \
 	  $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])') \
 	  recipes/pretrain.py --recipe recipes/pretrain/$(CORPUS).yaml --ds_config zero2.json run.folder=$(RUN) $(ARGS)
 

@@ -44,6 +44,21 @@ class DDPEngine(Engine):
             else trunk
         )
 
+        if isinstance(self.wrapped, DistributedDataParallel):
+            self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """Let DDP put its buckets in order before the first step instead of after it (collective).
+
+        DDP sorts gradients into other buckets after its first backward pass. From three ranks on, an element's place in
+        its bucket decides in which order ranks are added up, so the first step of a resumed run would differ in the
+        last bit from the same step of a run that was not interrupted.
+        """
+        self.trunk.eval()  # leaves BatchNorm's statistics alone
+        self.wrapped(torch.zeros(1, 3, 64, 64, device=self.device)).sum().backward()
+        self.optimizer.zero_grad()
+        self.trunk.train()
+
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         """Gradients stay on their rank until the last micro-batch of a step."""

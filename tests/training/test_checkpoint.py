@@ -59,6 +59,29 @@ def test_any_engine_goes_on_from_any_other_at_any_world_size(written_on_two_rank
         assert losses == pytest.approx(reference()[BEFORE:], rel=1e-5), f"{writer} on 2 ranks -> {reader} on {size}"
 
 
+def _whole_or_in_two_parts(folder: Path) -> dict[str, bool]:
+    same = {}
+    for name in parity.ENGINES:
+        whole = parity.make_trainer(name, accumulation=2, clip=0.5, batch=BATCH)
+        expected = parity.take_steps(whole, BEFORE + AFTER)[BEFORE:]
+        first = parity.make_trainer(name, accumulation=2, clip=0.5, batch=BATCH)
+        parity.take_steps(first, BEFORE)
+        path = parity.save(first, folder / name)
+        second = parity.make_trainer(name, accumulation=2, clip=0.5, batch=BATCH, resume=path)
+        equal = parity.take_steps(second, AFTER) == expected
+        for of in ("trunk_tensors", "momentum"):
+            reference, found = getattr(whole.engine, of)(), getattr(second.engine, of)()
+            equal = equal and all(torch.equal(found[tensor], reference[tensor]) for tensor in reference)
+        same[name] = equal and torch.equal(second.head.weight, whole.head.weight)
+    return same
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_same_engine_on_as_many_ranks_goes_on_bit_for_bit(tmp_path: Path, size: int) -> None:
+    for same in run_ranks(_whole_or_in_two_parts, size, tmp_path):
+        assert same == dict.fromkeys(parity.ENGINES, True)
+
+
 def test_it_holds_plain_names_and_no_pickle(written_on_two_ranks: Path) -> None:
     from safetensors import safe_open
 
