@@ -6,7 +6,8 @@
 Both sides train the same network from the same initial weights on batches from the same kind of loader: the trainer's
 side is `Trainer.step` with everything that a run does between steps (metric lines, MLflow spool); the bare side is a
 `torch.optim.SGD` step on trunk, `nn.Linear` and k-hot cross-entropy, as one would write it in a notebook. Blocks of
-steps alternate, so that both meet the same noise, and the ratio is taken block by block.
+steps alternate, so that both meet the same noise, and the ratio is taken block by block. Evaluation and checkpoints,
+which a bare loop does not have, are outside. The claim is a ratio of at least 0.95.
 """
 
 from __future__ import annotations
@@ -167,6 +168,8 @@ def main() -> None:
     }
     for name, values in rows.items():
         print(f"{name:24}{statistics.median(values):10.3f}{min(values):10.3f}{max(values):10.3f}")
+    holds = statistics.median(rows["trainer / bare loop"]) >= 0.95
+    print("the claim, at least 0.95, holds" if holds else "THE CLAIM, AT LEAST 0.95, DOES NOT HOLD")
 
 
 if __name__ == "__main__":

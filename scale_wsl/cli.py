@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from scale_wsl.errors import UserError
@@ -22,17 +25,41 @@ from scale_wsl.training.failure import exit_code_of
 
 __all__ = ["main"]
 
+_DESCRIPTION = """\
+Prepare hashtagged images for pretraining, look at vocabularies, send what MLflow missed. Training itself is
+recipes/pretrain.py.
+
+  scale-wsl prepare emoji
+  scale-wsl prepare photos/ --out data/photos prepare.min_count=20
+  scale-wsl vocab explain brownbear --vocabulary data/emoji
+  scale-wsl track replay runs/emoji
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; 0 when it did what was asked, 2 after a user's mistake."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    arguments = _parser().parse_args(argv)
-    return exit_code_of(lambda: arguments.run(arguments))
+    signal.signal(signal.SIGTERM, _leave)
+    arguments, extra = _parser().parse_known_args(argv)
+    return exit_code_of(lambda: arguments.run(arguments, extra))
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End by an exception, so that what is half-made is taken away."""
+    sys.exit(128 + number)
+
+
+def _nothing_else(extra: list[str]) -> None:
+    if extra:
+        raise UserError(f"{extra[0]} means nothing here; --help lists what there is")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="scale-wsl", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="scale-wsl",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_prepare(commands)
@@ -56,14 +83,14 @@ class _PrepareHelp(argparse.Action):
     """Prints every setting of every source; they are gathered only when somebody asks."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from scale_wsl.corpus.prepare import PrepareConfig
         from scale_wsl.corpus.sources import SOURCES
 
         parser.print_help()
+        print(f"\n{describe(PrepareConfig, 'prepare.')}")
         for name, source in SOURCES.items():
-            print(f"\n--- {name}: {(source.__doc__ or '').strip().splitlines()[0]}\n")
-            settings = describe(_prepare_recipe(source)).split("\n\nprepare:\n")
-            print(settings[0])
-        print(f"\n--- every source\n\nprepare:\n{settings[1]}")
+            print(f"\nsource {name}: {inspect.cleandoc(source.__doc__ or '')}")
+            print(describe(source, "source."))
         parser.exit()
 
 
@@ -83,13 +110,15 @@ def _add_prepare(commands: Any) -> None:
     parser.set_defaults(run=_prepare)
 
 
-def _prepare(arguments: argparse.Namespace) -> None:
+def _prepare(arguments: argparse.Namespace, extra: list[str]) -> None:
+    options = [word for word in extra if word.startswith("-")]
+    _nothing_else(options)  # settings may follow options: argparse leaves those to `extra`
     from scale_wsl.corpus.prepare import prepare
     from scale_wsl.corpus.sources import SOURCES, source_class
 
     cls = source_class(arguments.source)
     path = [] if arguments.source in SOURCES else [f"source.path={arguments.source}"]
-    recipe = load_recipe(_prepare_recipe(cls), overrides=[*path, *arguments.settings])
+    recipe = load_recipe(_prepare_recipe(cls), overrides=[*path, *arguments.settings, *extra])
     out = arguments.out or Path("data") / recipe.source.name
     prepared = prepare(recipe.source, out, recipe.prepare, overwrite=arguments.overwrite)
     print(prepared.summary())
@@ -113,7 +142,8 @@ def _add_vocab(commands: Any) -> None:
     explain.set_defaults(run=_explain)
 
 
-def _explain(arguments: argparse.Namespace) -> None:
+def _explain(arguments: argparse.Namespace, extra: list[str]) -> None:
+    _nothing_else(extra)
     from scale_wsl.hashtags.explain import explain
     from scale_wsl.hashtags.vocabulary import Vocabulary
     from scale_wsl.hashtags.wordnet import WordNet
@@ -124,10 +154,18 @@ def _explain(arguments: argparse.Namespace) -> None:
 
 
 def _vocabulary_file(path: Path) -> Path:
-    for candidate in (path, path / "vocabulary.json", *sorted(path.glob("train-*/vocabulary.json"))):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"there is no vocabulary in {path}: name a vocabulary.json, a data set, or what prepare has made")
+    try:
+        if path.is_file():
+            return path
+        found = sorted(path.glob("vocabulary.json")) or sorted(path.glob("train-*/vocabulary.json"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if len(found) != 1:
+        raise UserError(
+            f"there are {len(found)} vocabularies in {path}, not one: name a vocabulary.json, a data set, or what "
+            "prepare has made"
+        )
+    return found[0]
 
 
 # --- track -------------------------------------------------------------------------------------------------------
@@ -146,7 +184,8 @@ def _add_track(commands: Any) -> None:
     replay.set_defaults(run=_replay)
 
 
-def _replay(arguments: argparse.Namespace) -> None:
+def _replay(arguments: argparse.Namespace, extra: list[str]) -> None:
+    _nothing_else(extra)
     from scale_wsl.training.tracking import replay
 
     sent = replay(arguments.run_folder, arguments.uri)

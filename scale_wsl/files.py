@@ -58,10 +58,12 @@ def published_folder(path: str | Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        for written in aside.rglob("*"):
+        for written in (*aside.rglob("*"), aside):
             if written.is_file():
                 with open(written, "rb+") as handle:
                     os.fsync(handle.fileno())
+            else:
+                sync_folder(written)
         if final.exists():
             raise FileExistsError(f"{final} is there already")
         os.rename(aside, final)

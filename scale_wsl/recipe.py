@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -32,6 +33,8 @@ R = TypeVar("R")
 
 _LARGEST_FILE = 1 << 20  # bytes; a recipe is a page of text, so anything larger is a mistake
 _DEEPEST_EXTENDS = 16
+_LARGEST_INTEGER = (1 << 63) - 1
+_COMMAND_LINE = "the command line"
 
 
 def setting(default: T, help: str, *, choices: tuple[T, ...] | None = None) -> T:
@@ -59,9 +62,9 @@ def load_recipe(cls: type[R], file: str | Path | None = None, overrides: Iterabl
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"'{override}' on the command line is not of the form section.key=value")
-        _known(key, fields, "the command line")
+        _known(key, fields, _COMMAND_LINE)
         field_type, _ = fields[key]
-        values[key] = (_parse_text(text, field_type), "the command line")
+        values[key] = (_parse_text(text, field_type), _COMMAND_LINE)
 
     checked: dict[str, Any] = {}
     for key, (value, origin) in values.items():
@@ -71,9 +74,10 @@ def load_recipe(cls: type[R], file: str | Path | None = None, overrides: Iterabl
         choices = field.metadata.get("choices")
         if choices and value not in choices:
             allowed = ", ".join(str(choice) for choice in choices)
-            raise UserError(f"{key} is {value!r} in {origin}, but must be one of: {allowed}")
+            raise UserError(f"{key} is {_quoted(value)} in {origin}, but must be one of: {allowed}")
         checked[key] = value
-    return typing.cast(R, _construct(cls, checked, ""))
+    origins = {key: origin for key, (_, origin) in values.items()}
+    return typing.cast(R, _construct(cls, checked, origins, ""))
 
 
 def recipe_dict(recipe: Any) -> dict[str, Any]:
@@ -99,11 +103,14 @@ def recipe_yaml(recipe: Any) -> str:
     return yaml.safe_dump(plain(recipe), sort_keys=False, allow_unicode=True)
 
 
-def describe(cls: type[Any]) -> str:
-    """Every key of a recipe with its type, default and meaning, section by section: the text of `--help`."""
+def describe(cls: type[Any], prefix: str = "") -> str:
+    """Every key of a recipe with its type, default and meaning, section by section: the text of `--help`.
+
+    `prefix` ("source.", say) goes before the keys, where `cls` is one section by itself.
+    """
     lines: list[str] = []
     last_section = None
-    for key, (field_type, field) in _fields_by_key(cls).items():
+    for key, (field_type, field) in _fields_by_key(cls, prefix).items():
         name = key.rpartition(".")[0]
         if name != last_section:
             lines.append(f"\n{name or 'recipe'}:")
@@ -138,22 +145,40 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _load_yaml(text: str) -> Any:
+    """The plain value that a YAML text stands for.
+
+    Raises:
+        yaml.YAMLError: for whatever is wrong with it.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a subclass of SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, LookupError, AttributeError, ArithmeticError) as error:  # SafeLoader's, for `!!int ''` and such
+        raise yaml.YAMLError(f"a value is not of the type that it looks like ({error})") from None
+
+
 def _read_files(file: Path, chain: tuple[Path, ...] = ()) -> Iterable[tuple[str, tuple[Any, str]]]:
     """Yield (key, (value, origin)) of a file, those of the file that it extends first."""
-    resolved = file.resolve()
-    if resolved in chain or len(chain) >= _DEEPEST_EXTENDS:
-        raise UserError(f"{file} extends itself: {' -> '.join(str(path) for path in (*chain, resolved))}")
     try:
+        resolved = file.resolve()
+        if resolved in chain:
+            raise UserError(f"{file} extends itself: {' -> '.join(str(path) for path in (*chain, resolved))}")
+        if len(chain) >= _DEEPEST_EXTENDS:
+            raise UserError(f"{chain[0]} extends more than {_DEEPEST_EXTENDS - 1} recipes, one through another")
         with open(file, encoding="utf-8") as handle:
             text = handle.read(_LARGEST_FILE + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+    except UnicodeDecodeError:
+        raise UserError(f"cannot read the recipe {file}: it is not UTF-8 text") from None
+    except (OSError, ValueError, RuntimeError) as error:  # of resolve: a NUL in the name, links in a circle
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"cannot read the recipe {file}: {reason}") from None
     if len(text) > _LARGEST_FILE:
         raise UserError(f"the recipe {file} is larger than 1 MiB, which no recipe is")
     try:
-        content = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a subclass of SafeLoader
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        content = _load_yaml(text)
+    except yaml.YAMLError as error:
         raise UserError(f"the recipe {file} is not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         content = {}
@@ -206,8 +231,8 @@ def _parse_text(text: str, field_type: Any) -> Any:
     if field_type is str:
         return text
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a subclass of SafeLoader
-    except (yaml.YAMLError, ValueError):
+        return _load_yaml(text)
+    except yaml.YAMLError:
         return text
 
 
@@ -229,40 +254,64 @@ def _coerce(value: Any, field_type: Any, key: str, origin: str) -> Any:
         return value
     if field_type is str and isinstance(value, str):
         return value
-    if field_type is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, float) and value.is_integer():  # 7e9 images, as people write it
-            return int(value)
-        number = _number(value)
-        if number is not None and number.is_integer():
-            return int(number)
-    if field_type is float and not isinstance(value, bool):
-        number = float(value) if isinstance(value, int | float) else _number(value)
-        if number is not None and math.isfinite(number):
-            return number
-    raise UserError(f"{key} is {value!r} in {origin}, but must be {_type_name(field_type)}")
+    number = _number(value)
+    if field_type is float and number is not None:
+        return float(number)
+    if field_type is int and number is not None and number == int(number) and abs(number) <= _LARGEST_INTEGER:
+        return int(number)  # 7e9 images, as people write it
+    too_large = field_type in (int, float) and isinstance(value, int | float) and abs(value) > _LARGEST_INTEGER
+    right = _type_name(field_type) + " of smaller size" * too_large
+    raise UserError(f"{key} is {_quoted(value)} in {origin}, but must be {right}")
 
 
-def _number(value: Any) -> float | None:
-    """YAML 1.1 reads 1e-4 (no dot) as text; people mean a number."""
-    try:
-        number = float(value) if isinstance(value, str) else None
-    except ValueError:
+def _number(value: Any) -> int | float | None:
+    """A number that fits a float, or None; text too: YAML 1.1 reads 1e-4 (no dot) as text, and people mean a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    return number if number is not None and math.isfinite(number) else None
+    try:
+        number = float(value) if isinstance(value, str) else value
+        return number if math.isfinite(number) else None
+    except (ValueError, OverflowError):
+        return None
 
 
-def _construct(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
+def _quoted(value: Any) -> str:
+    """A value as an error message shows it, never longer than a line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _construct(cls: type[Any], values: Mapping[str, Any], origins: Mapping[str, str], prefix: str) -> Any:
+    """A `cls` with the values whose keys start with `prefix`; where it refuses them, the message says who set them."""
     hints = typing.get_type_hints(cls)
     arguments = {}
     for field in dataclasses.fields(cls):
         key = prefix + field.name
         if dataclasses.is_dataclass(hints[field.name]):
-            arguments[field.name] = _construct(hints[field.name], values, key + ".")
+            arguments[field.name] = _construct(hints[field.name], values, origins, key + ".")
         elif key in values:
             arguments[field.name] = values[key]
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except UserError as error:
+        where = _where_set(str(error), {key: origin for key, origin in origins.items() if key.startswith(prefix)})
+        raise UserError(f"{error}{where}") from None
+
+
+def _where_set(message: str, origins: Mapping[str, str]) -> str:
+    """' (set in FILE)' for the keys that a message names, by full name or, where it names none so, by the last part."""
+
+    def named(name: str) -> bool:
+        return re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", message) is not None
+
+    found = [key for key in origins if named(key)] or [key for key in origins if named(key.rpartition(".")[2])]
+    places = {key: f"{'on' if origins[key] == _COMMAND_LINE else 'in'} {origins[key]}" for key in found}
+    if len(set(places.values())) > 1:
+        return f" ({', '.join(f'{key} set {place}' for key, place in places.items())})"
+    return f" (set {places[found[0]]})" if found else ""
 
 
 # --- showing -----------------------------------------------------------------------------------------------------

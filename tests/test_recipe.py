@@ -17,6 +17,14 @@ class Batch:
     micro: int = setting(24, "images per micro-batch")
     lr: float = setting(0.1, "learning rate")
 
+    def __post_init__(self) -> None:
+        if self.micro < 1:
+            raise UserError(f"batch.micro is {self.micro}, but must be 1 or more")
+        if self.micro * self.lr > 1e6:
+            raise UserError(
+                "lr is too large for so many images (batch.micro)" if self.lr > 1e6 else "micro is too large"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -71,6 +79,18 @@ def test_text_on_the_command_line_stays_text() -> None:
         ("!!python/object/apply:os.system ['true']", ["not valid YAML"]),
         ("extends: nowhere.yaml", ["cannot read the recipe", "nowhere.yaml"]),
         ("extends: bad.yaml", ["extends itself"]),
+        ('extends: "a\\0b"', ["cannot read the recipe"]),
+        (f"extends: {'a' * 300}", ["cannot read the recipe"]),
+        (
+            "batch: {micro: 1" + "0" * 400 + "}",
+            ["batch.micro is 1000", "401 characters", "whole number of smaller size"],
+        ),
+        ("batch: {micro: 1e30}", ["batch.micro is '1e30'", "must be a whole number"]),
+        ("batch: {lr: 1" + "0" * 400 + "}", ["batch.lr is 1000", "must be a number of smaller size"]),
+        ("batch: {lr: 0x" + "f" * 5000 + "}", ["batch.lr is a number of thousands of digits"]),
+        ("model: {sizes: " + "[" * 5000 + "]" * 5000 + "}", ["nested too deeply"]),
+        ("batch: {micro: !!int ''}", ["not valid YAML"]),
+        ("model: {norm: !!bool perhaps}", ["not valid YAML"]),
         ("extends: [a.yaml]", ["path of one other recipe"]),
     ],
 )
@@ -83,10 +103,69 @@ def test_a_mistake_is_named_with_its_file(tmp_path: Path, text: str, says: list[
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("override", ["batch.micro", "=3", "batch.micro=x", "batch.mcro=3", "batch=3"])
+def test_a_long_chain_is_not_said_to_extend_itself(tmp_path: Path) -> None:
+    for number in range(40):
+        write(tmp_path, f"{number}.yaml", f"extends: {number + 1}.yaml\nbatch: {{micro: {number + 1}}}")
+    write(tmp_path, "15.yaml", "model: {depth: 26}")
+    assert load_recipe(Recipe, tmp_path / "0.yaml") == Recipe(batch=Batch(micro=1), model=Model(depth=26))
+    with pytest.raises(UserError, match="extends more than 15 recipes") as caught:
+        load_recipe(Recipe, tmp_path / "16.yaml")
+    assert "itself" not in str(caught.value)
+
+
+def test_what_a_section_refuses_is_named_with_where_it_was_set(tmp_path: Path) -> None:
+    def refusal(*overrides: str, text: str = "") -> str:
+        with pytest.raises(UserError) as caught:
+            load_recipe(Recipe, write(tmp_path, "my.yaml", text), overrides)
+        return str(caught.value).replace(str(tmp_path / "my.yaml"), "my.yaml")
+
+    micro, base = "batch.micro is 0, but must be 1 or more", "batch: {micro: 0}"
+    assert refusal(text=base) == f"{micro} (set in my.yaml)"
+    assert refusal("batch.micro=0") == f"{micro} (set on the command line)"
+    assert refusal("batch.micro=0", text="batch: {micro: 7}") == f"{micro} (set on the command line)"
+    # A message without the section's name; and one that names a key at its default.
+    assert refusal("batch.micro=1000000", text="batch: {lr: 2}") == "micro is too large (set on the command line)"
+    assert refusal(text="batch: {lr: 1e9, micro: 5}").endswith("(batch.micro) (set in my.yaml)")
+    assert refusal("batch.lr=1e9", text="model: {depth: 26}").endswith("(batch.micro) (set on the command line)")
+    with pytest.raises(UserError, match=r"or more$"):
+        load_recipe(Defaults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused(Batch):
+    micro: int = setting(0, "images per micro-batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    batch: Refused = section(Refused)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contradiction(Recipe):
+    def __post_init__(self) -> None:
+        raise UserError("batch.micro does not go with model.depth")
+
+
+def test_two_places_are_told_apart(tmp_path: Path) -> None:
+    path = write(tmp_path, "my.yaml", "batch: {micro: 2}")
+    with pytest.raises(UserError, match=r"\(batch.micro set in .*my.yaml, model.depth set on the command line\)$"):
+        load_recipe(Contradiction, path, ["model.depth=26"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("batch.micro", "=3", "batch.micro=x", "batch.mcro=3", "batch=3"),
+        *("batch.micro=" + "[" * 5000, "model.sizes=" + "[" * 5000, "model.resize=" + "{a: " * 5000),
+        *("batch.lr=1" + "0" * 400, "batch.micro=1" + "0" * 400, "batch.micro=1e400", "batch.micro=0x" + "f" * 5000),
+        *("batch.micro=!!int ''", "batch.lr=" + "1:" * 300 + "1.0", "model.norm=!!bool perhaps"),
+    ],
+)
 def test_a_mistake_on_the_command_line_says_so(override: str) -> None:
-    with pytest.raises(UserError, match="command line"):
+    with pytest.raises(UserError, match="command line") as caught:
         load_recipe(Recipe, overrides=[override])
+    assert len(str(caught.value)) < 250
 
 
 def test_a_folder_or_binary_file_is_a_users_mistake(tmp_path: Path) -> None:

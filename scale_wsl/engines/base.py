@@ -12,6 +12,8 @@ only its gradient's norm comes in, because gradients are clipped by one norm ove
 from __future__ import annotations
 
 import abc
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,7 @@ __all__ = [
     "clip_coefficient",
     "decay_groups",
     "scale_gradient",
+    "scale_gradients",
     "sgd",
     "square_norm",
 ]
@@ -150,6 +153,26 @@ class Engine(abc.ABC):
     def train(self, mode: bool = True) -> None:
         """Switch the trunk between training and evaluation."""
         self.trunk.train(mode)
+
+    def _step_whole(
+        self, update: Callable[[], Any], learning_rate: float, head_square_norm: Tensor, max_norm: float
+    ) -> StepResult:
+        """`step` for engines in which every rank holds the whole gradient: clip it, then `update`."""
+        gradients = [parameter.grad for parameter in self.trunk.parameters() if parameter.grad is not None]
+        norm = math.sqrt(float(square_norm(gradients, head_square_norm.device) + head_square_norm))
+        applied = math.isfinite(norm)
+        if applied:
+            scale_gradients(gradients, clip_coefficient(norm, max_norm))
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            update()
+        return StepResult(norm, applied)
+
+
+def scale_gradients(gradients: list[Tensor], coefficient: float) -> None:
+    """Multiply gradients in place; nothing is touched where there is nothing to clip."""
+    if coefficient < 1.0 and gradients:
+        torch._foreach_mul_(gradients, coefficient)
 
 
 def clip_coefficient(norm: float, max_norm: float) -> float:

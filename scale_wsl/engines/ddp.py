@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from scale_wsl.engines.base import Engine, StepResult, clip_coefficient, scale_gradient, square_norm
+from scale_wsl.engines.base import Engine, StepResult, scale_gradient
 from scale_wsl.engines.world import World
 
 __all__ = ["DDPEngine"]
@@ -79,18 +78,9 @@ class DDPEngine(Engine):
 
     def step(self, learning_rate: float, head_square_norm: Tensor, max_norm: float) -> StepResult:
         """See `Engine.step`."""
-        gradients = [parameter.grad for parameter in self.trunk.parameters() if parameter.grad is not None]
-        norm = math.sqrt(float(square_norm(gradients, self.device) + head_square_norm))
-        applied = math.isfinite(norm)
-        if applied:
-            coefficient = clip_coefficient(norm, max_norm)
-            if coefficient < 1.0:
-                torch._foreach_mul_(gradients, coefficient)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
+        result = self._step_whole(self.optimizer.step, learning_rate, head_square_norm, max_norm)
         self.optimizer.zero_grad()
-        return StepResult(norm, applied)
+        return result
 
     def trunk_tensors(self) -> dict[str, Tensor]:
         """See `Engine.trunk_tensors`."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scale_wsl.engines.base import Engine, StepResult, clip_coefficient, scale_gradient, square_norm
+from scale_wsl.engines.base import Engine, StepResult, scale_gradient
 from scale_wsl.engines.world import World
 
 __all__ = ["DeepSpeedEngine"]
@@ -72,8 +72,6 @@ class DeepSpeedEngine(Engine):
     def _joint_norm(self, trunk_norm: Callable[..., Any]) -> Callable[..., Tensor]:
         def joint_norm(*arguments: Any, **keywords: Any) -> Tensor:
             trunk = torch.as_tensor(trunk_norm(*arguments, **keywords), dtype=torch.float64, device=self.device)
-            # DeepSpeed masks a norm that is not finite as -1; squaring would hide that.
-            trunk = torch.where(trunk < 0, torch.full_like(trunk, torch.inf), trunk)
             return (trunk.square() + self._head_square_norm).sqrt()
 
         return joint_norm
@@ -105,29 +103,19 @@ class DeepSpeedEngine(Engine):
 
     def step(self, learning_rate: float, head_square_norm: Tensor, max_norm: float) -> StepResult:
         """See `Engine.step`."""
+        if self.stage == 0:
+            # The optimizer is plain SGD, and DeepSpeed clips nothing: its config says 0.
+            result = self._step_whole(self.engine.step, learning_rate, head_square_norm, max_norm)
+            self.engine.zero_grad()
+            return result
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.stage == 0:
-            return self._plain_step(head_square_norm, max_norm)
         self._head_square_norm = head_square_norm
         self.zero.clip_grad = max_norm  # not through its config, where it would clip the trunk by the trunk's norm
         self.engine.step()
         if self.zero.overflow:
             return StepResult(math.inf, applied=False)
         return StepResult(float(self.zero._global_grad_norm), applied=True)
-
-    def _plain_step(self, head_square_norm: Tensor, max_norm: float) -> StepResult:
-        """ZeRO-0: the optimizer is plain SGD and every rank holds the averaged gradients."""
-        gradients = [parameter.grad for parameter in self.names if parameter.grad is not None]
-        norm = math.sqrt(float(square_norm(gradients, self.device) + head_square_norm))
-        applied = math.isfinite(norm)
-        if applied:
-            coefficient = clip_coefficient(norm, max_norm)
-            if coefficient < 1.0:
-                torch._foreach_mul_(gradients, coefficient)
-            self.engine.step()
-        self.engine.zero_grad()
-        return StepResult(norm, applied)
 
     def train(self, mode: bool = True) -> None:
         """Switch the trunk between training and evaluation."""

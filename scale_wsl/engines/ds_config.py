@@ -1,17 +1,21 @@
 """The user's own DeepSpeed file: found, checked against the recipe, and its "auto" values filled in.
 
 A value that the recipe sets too may be "auto" or the same; anything else is an error, because two answers to one
-question would make one of them a lie. A key that this engine does not hand on is an error as well: DeepSpeed itself
-ignores unknown keys without a word.
+question would make one of them a lie. A key that this engine does not hand on is an error as well, at every depth,
+unless its value leaves that feature of DeepSpeed off. Whatever JSON the file holds, the answer is a config or one
+`UserError`.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scale_wsl.errors import UserError
 
@@ -20,36 +24,100 @@ __all__ = ["BatchSizes", "find", "read", "resolve"]
 _LARGEST_FILE = 1 << 20  # bytes
 _SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
 
-# Handed on to DeepSpeed as they stand: they change how it works, not what is computed.
-_PASSED_ON = (
-    "comms_logger",
-    "dump_state",
-    "flops_profiler",
-    "memory_breakdown",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
+
+class _Kind(NamedTuple):
+    """What a tuning value must be, in words and as a test."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(least: int) -> _Kind:
+    # 5e8 is how most files write it; NaN and infinity fail the comparisons.
+    return _Kind(
+        f"a whole number of at least {least}",
+        lambda value: _is_number(value) and least <= value <= sys.maxsize and value == int(value),
+    )
+
+
+_BOOLEAN = _Kind("true or false", lambda value: isinstance(value, bool))
+_POSITIVE = _whole(1)
+_NATURAL = _whole(0)
+# DeepSpeed divides by allgather_bucket_size, and asserts that it is a multiple of its alignment of 2.
+_EVEN = _Kind("an even whole number of at least 2", lambda value: _whole(2).fits(value) and value % 2 == 0)
+_FACTOR = _Kind("a number of at least 0", lambda value: _is_number(value) and 0 <= value <= sys.maxsize)
+_TEXT = _Kind("a string", lambda value: isinstance(value, str))
+_TEXTS = _Kind(
+    "a list of strings", lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value)
 )
-_FROM_RECIPE = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "torch_autocast",
-    "zero_optimization",
-)
-_REFUSED = {
+
+# Handed on to DeepSpeed as they stand: they change how it works and what it prints, not what is computed.
+_REPORTING = {
+    **dict.fromkeys(("dump_state", "memory_breakdown", "wall_clock_breakdown"), _BOOLEAN),
+    "steps_per_print": _POSITIVE,
+}
+_REPORTING_BLOCKS = {
+    "comms_logger": {**dict.fromkeys(("debug", "enabled", "prof_all", "verbose"), _BOOLEAN), "prof_ops": _TEXTS},
+    "flops_profiler": {
+        **dict.fromkeys(("detailed", "enabled"), _BOOLEAN),
+        "module_depth": _whole(-1),
+        "output_file": _TEXT,
+        "profile_step": _NATURAL,
+        "recompute_fwd_factor": _FACTOR,
+        "top_modules": _POSITIVE,
+    },
+}
+_ZERO_TUNING = {
+    "allgather_bucket_size": _EVEN,
+    "allgather_partitions": _BOOLEAN,
+    "contiguous_gradients": _BOOLEAN,
+    "overlap_comm": _BOOLEAN,
+    "reduce_bucket_size": _POSITIVE,
+    "reduce_scatter": _BOOLEAN,
+    "stage3_gather_16bit_weights_on_model_save": _BOOLEAN,  # of DeepSpeed's own saving, which is never called
+    "stage3_max_live_parameters": _NATURAL,
+    "stage3_max_reuse_distance": _NATURAL,
+    "stage3_model_persistence_threshold": _NATURAL,
+    "stage3_param_persistence_threshold": _NATURAL,
+    "stage3_prefetch_bucket_size": _NATURAL,
+    "sub_group_size": _POSITIVE,
+    "use_multi_rank_bucket_allreduce": _BOOLEAN,
+}
+
+# Key, or how it begins: the one value that may stand there (beside null, {} and "auto"), and why no other may.
+_FIXED = {
+    "zero_allow_untested_optimizer": (True, "the recipe's torch.optim.SGD needs it"),
+    "zero_force_ds_cpu_optimizer": (False, "the optimizer is the recipe's torch.optim.SGD"),
+}
+_ZERO_FIXED = {
+    "compute_grad_norm": (True, "without the norm a gradient that is not finite would be applied"),
+    "cpu_offload": (False, "offloading is not supported yet"),
+    "mics_": (False, "partitioning within groups of ranks is not supported yet"),
+    "offload_": (False, "offloading is not supported yet"),
+    "parameter_alignment": (False, "momentum could not be moved to another engine"),
+    # DeepSpeed 0.19 reorders the flat buffer, but not the addresses by which momentum is read from it.
+    "round_robin_gradients": (False, "DeepSpeed 0.19 then misplaces momentum in checkpoints"),
+    "zenflow": (False, "ZenFlow steps by stale gradients, which the recipe does not"),
+    "zero_hpz_partition_size": (1, "partitioning within groups of ranks is not supported yet"),
+    "zero_quantized_": (False, "the results would not be those of the recipe"),
+}
+# Blocks that stay out: for good, or unless their `enabled` is true.
+_SWITCHED = {
     "bf16": "it casts BatchNorm to bf16, which DeepSpeed 0.19 cannot run and whose statistics are wrong; "
     "set engine.precision=bf16, which uses torch_autocast",
     "fp16": "only fp32 and bf16 are supported; set engine.precision",
     "amp": "only fp32 and bf16 are supported; set engine.precision",
+}
+_REFUSED = {
     "scheduler": "the learning rate comes from the recipe's schedule section",
     "activation_checkpointing": "activation checkpointing is not supported yet",
 }
-# Offloading is refused until it is tested here; everything else below zero_optimization is DeepSpeed's own tuning.
-_ZERO_REFUSED = ("offload_param", "offload_optimizer", "zero_quantized_weights", "zero_quantized_gradients")
+_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+_FROM_RECIPE = (*_SIZES, "optimizer", "torch_autocast", "zero_optimization")
 
 
 @dataclass(frozen=True)
@@ -92,7 +160,7 @@ def read(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = {}
         for key, value in pairs:
             if key in content:
-                raise UserError(f"{path} gives {key} twice")
+                raise UserError(f"{path} gives {_name(key)} twice")
             content[key] = value
         return content
 
@@ -105,7 +173,7 @@ def read(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"the ds_config {path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"the ds_config {path} must be a JSON object, not a {type(content).__name__}")
+        raise UserError(f"the ds_config {path} must be a JSON object, not {_shown(content)}")
     return content
 
 
@@ -120,79 +188,53 @@ def resolve(
 ) -> dict[str, Any]:
     """The dict that `deepspeed.initialize` gets: "auto" filled from the recipe, contradictions refused.
 
+    A tuning value that is null or "auto" is left to DeepSpeed's default.
+
     Args:
         content: the user's file, as `read` returns it.
         origin: its name, for messages.
         batch: from the recipe's `batch` section and the world.
-        optimizer: `lr` (the peak), `momentum`, `nesterov`, `weight_decay` of the recipe.
+        optimizer: `lr` (the scaled peak), `momentum`, `nesterov`, `weight_decay` of the recipe.
         clip: `optim.clip` of the recipe; the engine clips jointly with the head, so DeepSpeed is told 0.
         precision: `engine.precision` of the recipe.
 
     Raises:
-        UserError: an unknown or refused key, or a value that contradicts the recipe.
+        UserError: an unknown or refused key, a value of the wrong type, or one that contradicts the recipe.
     """
-    for key in content:
-        if key in _REFUSED and content[key] not in (None, {}, {"enabled": False}):
-            raise UserError(f"{origin} sets {key}: {_REFUSED[key]}")
-        if key not in (*_PASSED_ON, *_FROM_RECIPE, *_REFUSED):
-            close = difflib.get_close_matches(key, (*_PASSED_ON, *_FROM_RECIPE), n=1)
-            hint = (
-                f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted((*_PASSED_ON, *_FROM_RECIPE)))}"
-            )
-            raise UserError(f"{origin} sets {key}, which this engine does not use; {hint}")
+    file = _File(origin)
+    taken = (*_FROM_RECIPE, *_REPORTING, *_REPORTING_BLOCKS, *_FIXED)
+    file.only_keys("", content, taken, besides=(*_SWITCHED, *_REFUSED))
+    for key, reason in _SWITCHED.items():
+        block = file.block(content, key)
+        if file.value(f"{key}.enabled", block.get("enabled"), _BOOLEAN):
+            raise UserError(f"{origin} sets {key}.enabled to true: {reason}")
+    for key, reason in _REFUSED.items():
+        if file.block(content, key):
+            raise UserError(f"{origin} sets {key}: {reason}")
+    for key, (ours, reason) in _FIXED.items():
+        file.fixed(key, content.get(key), ours, reason)
 
-    def same(key: str, theirs: Any, ours: Any, source: str) -> None:
-        if theirs == "auto":
-            return
-        both_numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (theirs, ours))
-        if (float(theirs) != float(ours)) if both_numbers else (theirs != ours or type(theirs) is not type(ours)):
-            raise UserError(
-                f"{origin} sets {key} to {json.dumps(theirs)}, but {source} is {json.dumps(ours)}: "
-                f'make them equal, or write "auto" in {origin}'
-            )
+    micro, accumulation, total = batch.micro, batch.accumulation, batch.total
+    product = f"batch.micro x batch.accumulation x ranks = {micro} x {accumulation} x {batch.world} = {total}"
+    facts = (product, f"batch.micro is {micro}", f"batch.accumulation is {accumulation}", f"optim.clip is {clip}")
+    for key, number, fact in zip(_SIZES, (total, micro, accumulation, clip), facts, strict=True):
+        file.agrees(key, content.get(key, "auto"), number, fact)
+    _check_optimizer(file, file.block(content, "optimizer"), optimizer)
+    _check_autocast(file, file.block(content, "torch_autocast"), precision)
 
-    micro, accumulation = batch.micro, batch.accumulation
-    same("train_micro_batch_size_per_gpu", content.get("train_micro_batch_size_per_gpu", "auto"), micro, "batch.micro")
-    same(
-        "gradient_accumulation_steps",
-        content.get("gradient_accumulation_steps", "auto"),
-        accumulation,
-        "batch.accumulation",
-    )
-    same(
-        "train_batch_size",
-        content.get("train_batch_size", "auto"),
-        batch.total,
-        f"batch.micro x batch.accumulation x ranks = {micro} x {accumulation} x {batch.world}, which",
-    )
-    same("gradient_clipping", content.get("gradient_clipping", "auto"), clip, "optim.clip")
-    _check_optimizer(content.get("optimizer", {}), origin, optimizer, same)
-    autocast = content.get("torch_autocast", {})
-    _object(autocast, "torch_autocast", origin)
-    same("torch_autocast.enabled", autocast.get("enabled", "auto"), precision == "bf16", "engine.precision=bf16")
-    if precision == "bf16":
-        same("torch_autocast.dtype", autocast.get("dtype", "auto"), "bfloat16", "the type of engine.precision")
-    zero = content.get("zero_optimization", {"stage": 0})
-    _object(zero, "zero_optimization", origin)
-    stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise UserError(
-            f"{origin} sets zero_optimization.stage to {json.dumps(stage)}, but ZeRO has stages 0, 1, 2 and 3"
-        )
-    for key in _ZERO_REFUSED:
-        if zero.get(key) not in (None, False, {}, {"device": "none"}):
-            raise UserError(f"{origin} sets zero_optimization.{key}, which is not supported yet: take it out")
-
-    resolved = {key: content[key] for key in _PASSED_ON if key in content}
+    resolved = file.tuning("", content, _REPORTING)
+    for key, kinds in _REPORTING_BLOCKS.items():
+        if block := file.block(content, key):
+            file.only_keys(f"{key}.", block, kinds)
+            resolved[key] = file.tuning(f"{key}.", block, kinds)
     resolved.setdefault("steps_per_print", 1_000_000_000)  # the trainer prints its own lines
     resolved |= {
-        "train_batch_size": batch.total,
+        "train_batch_size": total,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0; the engine clips once, by the norm over trunk and head
-        "zero_optimization": {**zero, "stage": stage},
-        "zero_allow_untested_optimizer": True,  # torch.optim.SGD
-        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": _zero(file, file.block(content, "zero_optimization")),
+        **{key: ours for key, (ours, _) in _FIXED.items()},
     }
     if precision == "bf16":
         # No module listed: gradients are reduced in fp32, as in every other engine.
@@ -200,24 +242,121 @@ def resolve(
     return resolved
 
 
-def _object(value: Any, key: str, origin: str) -> None:
-    if not isinstance(value, dict):
-        raise UserError(f"{origin} sets {key} to {json.dumps(value)}, but it must be a JSON object")
-
-
-def _check_optimizer(block: Any, origin: str, ours: dict[str, Any], same: Any) -> None:
+def _check_optimizer(file: _File, block: dict[str, Any], ours: dict[str, Any]) -> None:
     """DeepSpeed ignores this block where it is passed an optimizer, so it must say what the recipe says."""
-    _object(block, "optimizer", origin)
-    if not block:
-        return
+    file.only_keys("optimizer.", block, ("type", "params"))
     kind = block.get("type", "SGD")
     if not isinstance(kind, str) or kind.lower() not in ("sgd", "auto"):
-        raise UserError(f"{origin} sets optimizer.type to {json.dumps(kind)}, but the recipe's optimizer is SGD")
-    parameters = block.get("params", {})
-    _object(parameters, "optimizer.params", origin)
-    for key, value in parameters.items():
-        if key not in ours:
+        raise UserError(f"{file.origin} sets optimizer.type to {_shown(kind)}, but the recipe's optimizer is SGD")
+    parameters = file.block(block, "params", "optimizer.")
+    file.only_keys("optimizer.params.", parameters, ours)
+    for key, theirs in parameters.items():
+        fact = f"optim.{key} is {_shown(ours[key])}"
+        if key == "lr":
+            fact = f"optim.lr x batch / 256 = {ours[key]:.6g}"
+            # The product has more digits than anyone writes.
+            if _is_number(theirs) and abs(theirs) < sys.maxsize and math.isclose(theirs, ours[key], rel_tol=1e-6):
+                continue
+        file.agrees(f"optimizer.params.{key}", theirs, ours[key], fact)
+
+
+def _check_autocast(file: _File, block: dict[str, Any], precision: str) -> None:
+    """Autocast follows engine.precision; where it is off, its dtype has no effect."""
+    file.only_keys("torch_autocast.", block, ("enabled", "dtype", "lower_precision_safe_modules"))
+    fact = f"engine.precision is {precision}"
+    file.agrees("torch_autocast.enabled", block.get("enabled", "auto"), precision == "bf16", fact)
+    dtype = file.value("torch_autocast.dtype", block.get("dtype"), _TEXT)
+    if precision == "bf16" and dtype not in ("bf16", "torch.bfloat16", None):
+        file.agrees("torch_autocast.dtype", dtype, "bfloat16", fact)
+    modules = block.get("lower_precision_safe_modules")
+    if modules not in (None, "auto", []):
+        raise UserError(
+            f"{file.origin} sets torch_autocast.lower_precision_safe_modules to {_shown(modules)}, but it must be [] "
+            'or "auto": the gradients of the modules in it would be reduced in bf16, and every engine reduces in fp32'
+        )
+
+
+def _zero(file: _File, block: dict[str, Any]) -> dict[str, Any]:
+    """The `zero_optimization` block to hand on: the stage and plain tuning."""
+    stage = block.get("stage", 0)
+    if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
+        raise UserError(
+            f"{file.origin} sets zero_optimization.stage to {_shown(stage)}, but ZeRO has stages 0, 1, 2 and 3"
+        )
+    fixed = {key: _ZERO_FIXED[start] for key in block for start in _ZERO_FIXED if key.startswith(start)}
+    file.only_keys("zero_optimization.", block, ("stage", *_ZERO_TUNING), besides=fixed)
+    for key, (ours, reason) in fixed.items():
+        if key.startswith("offload_") and isinstance(block[key], dict):  # DeepSpeed's default device is none
+            file.fixed(f"zero_optimization.{key}.device", block[key].get("device"), "none", reason)
+        else:
+            file.fixed(f"zero_optimization.{key}", block[key], ours, reason)
+    return {"stage": stage, **file.tuning("zero_optimization.", block, _ZERO_TUNING)}
+
+
+@dataclass(frozen=True)
+class _File:
+    """Checks that name the file in what they raise. `prefix` is "" or the enclosing block's name with its dot."""
+
+    origin: str
+
+    def block(self, content: dict[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
+        """The object at a key; {} where there is none."""
+        value = content.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{self.origin} sets {prefix}{key} to {_shown(value)}, but it must be a JSON object")
+        return value or {}
+
+    def only_keys(
+        self, prefix: str, content: dict[str, Any], taken: Iterable[str], besides: Iterable[str] = ()
+    ) -> None:
+        """Refuse a key outside both lists; only the first is suggested."""
+        taken = sorted(taken)
+        for key in content:
+            if key not in taken and key not in besides:
+                close = difflib.get_close_matches(key, taken, n=1)
+                hint = f"did you mean {prefix}{close[0]}?" if close else f"it takes {', '.join(taken)}"
+                raise UserError(f"{self.origin} sets {prefix}{_name(key)}, which this engine does not use; {hint}")
+
+    def value(self, key: str, theirs: Any, kind: _Kind) -> Any:
+        """A tuning value, a whole number as an int; None where it is null or "auto"."""
+        if theirs is None or theirs == "auto":
+            return None
+        if not kind.fits(theirs):
+            raise UserError(f"{self.origin} sets {key} to {_shown(theirs)}, but it must be {kind.words}")
+        return int(theirs) if isinstance(theirs, float) and theirs.is_integer() else theirs
+
+    def tuning(self, prefix: str, content: dict[str, Any], kinds: dict[str, _Kind]) -> dict[str, Any]:
+        """The tuning values that a block sets."""
+        values = {key: self.value(prefix + key, content.get(key), kind) for key, kind in kinds.items()}
+        return {key: value for key, value in values.items() if value is not None}
+
+    def fixed(self, key: str, theirs: Any, ours: Any, reason: str) -> None:
+        """Refuse any value but ours, or one that says nothing."""
+        if theirs not in (None, "auto", {}) and not _equal(theirs, ours):
+            raise UserError(f"{self.origin} sets {key} to {_shown(theirs)}, but only {_shown(ours)} works: {reason}")
+
+    def agrees(self, key: str, theirs: Any, ours: Any, fact: str) -> None:
+        """Refuse a value that is neither "auto" nor the recipe's."""
+        if theirs != "auto" and not _equal(theirs, ours):
             raise UserError(
-                f"{origin} sets optimizer.params.{key}, which the recipe does not have; it has {', '.join(ours)}"
+                f"{self.origin} sets {key} to {_shown(theirs)}, but {fact}: "
+                f'make them agree, or write "auto" in {self.origin}'
             )
-        same(f"optimizer.params.{key}", value, ours[key], f"the recipe's ({'peak ' if key == 'lr' else ''}{key})")
+
+
+def _equal(theirs: Any, ours: Any) -> bool:
+    """Numbers by value, whatever their size; all else by type too, for 1 is not true."""
+    return bool(theirs == ours) and (type(theirs) is type(ours) or (_is_number(theirs) and _is_number(ours)))
+
+
+def _shown(value: Any) -> str:
+    """A JSON value for a message: short, on one line."""
+    if value and isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _name(key: str) -> str:
+    """A key that may hold anything, for a message."""
+    return _shown(key)[1:].removesuffix('"')

@@ -49,24 +49,24 @@ _LOGGED_IN_FULL = 10  # corrupt images that a rank reports one by one, before it
 class DataConfig:
     """What is read, how often, and how it is cropped (recipe section `data`)."""
 
-    train: str = setting("", "Folder of the data set to train on.")
+    train: str = setting("", "folder of the data set to train on, or what prepare has made")
     validation: str = setting("", "Folder of the data set to evaluate on.")
-    image_size: int = setting(224, "Side of the square that the network sees, in pixels.")
+    image_size: int = setting(224, "side of the square that the network sees, in pixels")
     resize: int | None = setting(
-        None, "Short side to which an evaluation image is resized before its centre is cut; null: image_size * 256/224."
+        None, "short side to which an evaluation image is resized before its centre is cut; null: image_size * 256/224"
     )
-    min_scale: float = setting(0.08, "Smallest share of an image's area that a random training crop may cover.")
-    flip: bool = setting(True, "Mirror half of the training images.")
+    min_scale: float = setting(0.08, "smallest share of an image's area that a random training crop may cover")
+    flip: bool = setting(True, "mirror half of the training images")
     resampling: str = setting(
-        "square-root", "How often images with rare hashtags are repeated (paper section 3).", choices=MODES
+        "square-root", "how often images with rare hashtags are repeated (paper section 3)", choices=MODES
     )
     threshold: float = setting(
-        0.001, "Share of images below which a hashtag counts as rare; the paper leaves it open, 0.001 is LVIS's."
+        0.001, "share of images below which a hashtag counts as rare; the paper leaves it open, 0.001 is LVIS's"
     )
-    workers: int = setting(2, "Processes per rank that read and decode images; 0: the trainer's own process does.")
-    prefetch: int = setting(4, "Micro-batches that each worker prepares ahead.")
-    max_pixels: int = setting(100_000_000, "Images of more pixels are not decoded but counted as corrupt.")
-    max_corrupt: float = setting(0.01, "Share of corrupt images at which the run stops.")
+    workers: int = setting(2, "processes per rank that read and decode images; 0: the trainer's own process does")
+    prefetch: int = setting(4, "micro-batches that each worker prepares ahead")
+    max_pixels: int = setting(100_000_000, "images of more pixels are not decoded but counted as corrupt")
+    max_corrupt: float = setting(0.01, "share of corrupt images at which the run stops")
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -248,7 +248,7 @@ class _Stream:
         with warnings.catch_warnings():
             # More workers than cores is the user's choice, and PyTorch, which counts one rank's, cannot judge it.
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-            self._batches: Iterator[Batch] | None = iter(
+            self._batches: Iterator[Batch | _Refusal] | None = iter(
                 DataLoader(
                     samples,  # type: ignore[arg-type]  # indexed by requests instead of numbers
                     batch_size=None,  # a request is a batch already
@@ -272,6 +272,8 @@ class _Stream:
         if self._batches is None:
             raise ValueError("the loader is closed")
         batch = next(self._batches)
+        if isinstance(batch, _Refusal):
+            raise UserError(batch.sentence)
         for error in batch.errors:
             self._reported += 1
             if self._reported <= _LOGGED_IN_FULL or self._reported % 1000 == 0:
@@ -322,7 +324,7 @@ def _stop(batches: Any) -> None:
                 worker.join(5.0)
 
 
-def _stop_referenced(reference: weakref.ref[Iterator[Batch]]) -> None:
+def _stop_referenced(reference: weakref.ref[Any]) -> None:
     if (batches := reference()) is not None:
         _stop(batches)
 
@@ -345,7 +347,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _as_it_is(batch: Batch) -> Batch:
+@dataclasses.dataclass(frozen=True)
+class _Refusal:
+    """A `UserError` on its way from a worker; raised there, it would arrive with the worker's traceback in its text."""
+
+    sentence: str
+
+
+def _as_it_is(batch: Batch | _Refusal) -> Batch | _Refusal:
     return batch
 
 
@@ -357,8 +366,13 @@ class _Samples:
         self.config = config
         self.seed = seed
 
-    def __getitem__(self, request: _Request) -> Batch:
-        records, positions = request
+    def __getitem__(self, request: _Request) -> Batch | _Refusal:
+        try:
+            return self._batch(*request)
+        except UserError as error:  # a shard that is gone, say
+            return _Refusal(str(error))
+
+    def _batch(self, records: NDArray[np.int64], positions: range | None) -> Batch:
         rows, side = len(records), self.config.image_size
         images = torch.empty(rows, 3, side, side, dtype=torch.uint8)
         ids = torch.full((rows, self.dataset.max_labels), -1, dtype=torch.int64)

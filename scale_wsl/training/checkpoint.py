@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -33,11 +34,13 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from scale_wsl.errors import UserError
 from scale_wsl.files import sync_folder
 from scale_wsl.recipe import setting
+from scale_wsl.training.schedule import Duration
 
-__all__ = ["CheckpointConfig", "Meta", "load_tensors", "newest", "read_meta", "resume_from", "save"]
+__all__ = ["CheckpointConfig", "Meta", "load_tensors", "newest", "read_meta", "resume_from", "save", "shapes"]
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")  # .old: being replaced by another one of the same step
+_LEFTOVER = re.compile(r"\.step-\d{8,}(\.old)?\.(part|old)")  # being written, being removed
 _log = logging.getLogger(__name__)
 
 
@@ -45,7 +48,10 @@ _log = logging.getLogger(__name__)
 class CheckpointConfig:
     """Section `checkpoint`: how often to save, how many to keep, and where to resume from."""
 
-    every: str = setting("1 epochs", "how often to save; the end and a preemption are always saved")
+    every: str = setting(
+        "1 epoch",
+        "how often to save ('500 steps', '1 epoch', '1e6 images', '5 %'); the end and a preemption are always saved",
+    )
     keep: int = setting(2, "how many checkpoints to keep, the newest")
     resume: str = setting(
         "",
@@ -55,6 +61,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise UserError(f"checkpoint.keep is {self.keep}, but must be 1 or more")
+        Duration.parse(self.every, "checkpoint.every")
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,10 @@ class Meta:
 
 
 def save(folder: Path, tensors: dict[str, Any], meta: Meta, *, keep: int) -> Path:
-    """Write `folder/step-<step>/` (collective) and remove all but the newest `keep` checkpoints.
+    """Write `folder/step-<step>/` (collective), and of the checkpoints up to this step keep only the newest `keep`.
+
+    Later steps are left alone: only damaged ones can be there (see `resume_from`), and until the run has passed them
+    they must not cost a whole one its place.
 
     Args:
         folder: the run's checkpoint folder, seen by all ranks.
@@ -94,7 +104,9 @@ def save(folder: Path, tensors: dict[str, Any], meta: Meta, *, keep: int) -> Pat
     main = dist.get_rank() == 0
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)  # of a run that died while saving
+        for path in folder.iterdir():
+            if _LEFTOVER.fullmatch(path.name):  # of a run that died while saving
+                shutil.rmtree(path, ignore_errors=True)
         (aside / "tensors").mkdir(parents=True)
     dist.barrier()
     with torch.no_grad():
@@ -118,7 +130,7 @@ def save(folder: Path, tensors: dict[str, Any], meta: Meta, *, keep: int) -> Pat
         sync_folder(folder)
         if replaced.exists():
             _remove(replaced)
-        for old in _checkpoints(folder)[keep:]:
+        for old in _checkpoints(folder, up_to=meta.step)[keep:]:
             _remove(old)
     dist.barrier()
     return final
@@ -135,16 +147,23 @@ def _remove(checkpoint: Path) -> None:
 # --- finding -----------------------------------------------------------------------------------------------------
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints, the newest step first."""
-    if not folder.is_dir():
-        return []
-    found = [(int(m[1]), m[2] is None, path) for path in folder.iterdir() if (m := _NAME.fullmatch(path.name))]
-    return [path for *_, path in sorted(found, reverse=True)]
+def _checkpoints(folder: Path, *, up_to: float = math.inf) -> list[Path]:
+    """Published checkpoints of no later step than `up_to`, the newest first."""
+    try:
+        paths = list(folder.iterdir()) if folder.is_dir() else []
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot look for checkpoints in {folder}: {reason}") from None
+    found = [(int(m[1]), m[2] is None, path) for path in paths if (m := _NAME.fullmatch(path.name))]
+    return [path for step, _, path in sorted(found, reverse=True) if step <= up_to]
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run; damaged ones are named in a warning and passed over."""
+    """The newest whole checkpoint of a run; damaged ones are named in a warning and passed over.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
     for candidate in _checkpoints(folder):
         try:
             read_meta(candidate)
@@ -158,14 +177,26 @@ def newest(folder: Path) -> Path | None:
 def resume_from(config: CheckpointConfig, folder: Path) -> Path | None:
     """The checkpoint that this run goes on from; None to start afresh.
 
+    A run never goes on from elsewhere, or from an older step, beside the checkpoints in its own folder: the newest of
+    those would later be taken for its own.
+
     Raises:
-        UserError: the run folder has checkpoints but the recipe does not say what to do, or the named one is not whole.
+        UserError: the run folder has checkpoints but the recipe does not say what to do, or names another one than the
+            newest of them; or the named one is not whole.
     """
     if config.resume == "auto":
         return newest(folder)
     if config.resume:
-        read_meta(Path(config.resume))
-        return Path(config.resume)
+        named = Path(config.resume)
+        read_meta(named)
+        if _checkpoints(folder):
+            last = newest(folder)
+            if last is None or last.resolve() != named.resolve():
+                raise UserError(
+                    f"cannot go on from {named}, because {folder} has other checkpoints: choose another run.folder, "
+                    "pass --resume auto to go on from the newest, or remove them"
+                )
+        return named
     if _checkpoints(folder):
         raise UserError(
             f"{folder} has checkpoints of an earlier run: pass --resume auto to go on from the newest, "
@@ -194,7 +225,11 @@ def read_meta(checkpoint: Path) -> Meta:
     meta = Meta(**{field.name: content[field.name] for field in dataclasses.fields(Meta)})
     for name, size in meta.files.items():
         path = checkpoint / "tensors" / name
-        if not path.is_file() or path.stat().st_size != size:
+        try:
+            whole = path.is_file() and path.stat().st_size == size
+        except (OSError, ValueError):  # such as a name that is too long, or a folder that may not be entered
+            whole = False
+        if not whole:
             raise UserError(f"{checkpoint} is not whole: tensors/{name} is missing or does not have its {size} bytes")
     return meta
 
@@ -202,27 +237,44 @@ def read_meta(checkpoint: Path) -> Meta:
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
+def shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a checkpoint, whole, by name."""
+    stored = HuggingFaceStorageReader(str(checkpoint / "tensors")).read_metadata().state_dict_metadata
+    return {name: tuple(getattr(tensor, "size", ())) for name, tensor in stored.items()}
+
+
 def load_tensors(checkpoint: Path, into: dict[str, Any]) -> None:
     """Fill the tensors of `into` (nested dict; DTensors read only their rows) in place (collective).
 
     Raises:
-        UserError: a tensor is missing in the checkpoint or has another shape there, on every rank alike.
+        UserError: another network's checkpoint, on every rank alike: a tensor is missing or has another shape there, or
+            there is one more under a prefix (`trunk.`, `momentum.head.`) that is loaded.
     """
-    reader = HuggingFaceStorageReader(str(checkpoint / "tensors"))
-    stored = reader.read_metadata().state_dict_metadata
-    for name, tensor in _flat(into).items():
-        there = tuple(getattr(stored.get(name), "size", ()))
+    stored, wanted = shapes(checkpoint), _flat(into)
+    for name, tensor in wanted.items():
         if name not in stored:
+            raise UserError(f"{checkpoint} has no {name}: {_hint(name)}")
+        if stored[name] != tuple(tensor.shape):
             raise UserError(
-                f"{checkpoint} has no {name}: it was written by another network (see model in its meta.json)"
+                f"{checkpoint} has {name} of shape {list(stored[name])}, but this recipe's is {list(tensor.shape)}: "
+                + _hint(name)
             )
-        if there != tuple(tensor.shape):
-            raise UserError(
-                f"{checkpoint} has {name} of shape {list(there)}, but this recipe's is {list(tensor.shape)}: "
-                "set the model section as in the checkpoint's meta.json"
-            )
+    prefixes = {_prefix(name) for name in wanted}
+    for name in stored:
+        if _prefix(name) in prefixes and name not in wanted:
+            raise UserError(f"{checkpoint} has {name}, which this recipe's network has not: {_hint(name)}")
     with torch.no_grad():
-        dcp_load(into, storage_reader=reader)
+        dcp_load(into, storage_reader=HuggingFaceStorageReader(str(checkpoint / "tensors")))
+
+
+def _prefix(name: str) -> str:
+    """`trunk` of `trunk.conv1.weight`, `momentum.trunk` of `momentum.trunk.conv1.weight`."""
+    return ".".join(name.split(".")[: 2 if name.startswith("momentum.") else 1])
+
+
+def _hint(name: str) -> str:
+    section = "head" if name.endswith("head.bias") else "model"
+    return f"it is another network's; set the {section} section as in the recipe text of the checkpoint's meta.json"
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ candidates per image and one average precision per hashtag. Every record is coun
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scale_wsl.collectives import all_gather_rows
+from scale_wsl.collectives import all_gather_rows, all_reduce
 from scale_wsl.corpus.shards import Dataset
 from scale_wsl.engines.base import Engine
 from scale_wsl.engines.world import World
@@ -29,6 +30,8 @@ from scale_wsl.training.picture import prediction_sheet
 
 __all__ = ["EvaluateConfig", "Evaluator"]
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -38,7 +41,7 @@ class EvaluateConfig:
     resamples: int = setting(2000, "bootstrap resamples behind each 95 % interval")
     pictures: int = setting(12, "validation images in the picture of predictions; 0: no picture")
     max_score_gib: float = setting(
-        2.0, "largest table of scores (validation images x own hashtags, fp32) a rank may hold for average precision"
+        4.0, "memory that a rank may use for average precision (3 x validation images x own hashtags x 4 bytes)"
     )
 
     def __post_init__(self) -> None:
@@ -71,8 +74,12 @@ class Evaluator:
         self.train_counts = np.bincount(train.label_ids, minlength=len(train.vocabulary))
 
     @torch.no_grad()
-    def evaluate(self) -> EvaluationResult | None:
-        """Go through the whole validation set once; the result is rank 0's, None on the others."""
+    def evaluate(self) -> tuple[EvaluationResult, int] | None:
+        """Go through the whole validation set once.
+
+        Returns:
+            On rank 0, the result and how many images could not be read; None on the others.
+        """
         self.engine.train(False)
         keeps_scores = self._scores_fit()
         records, losses, hashtags, scores = [], [], [], []
@@ -87,6 +94,8 @@ class Evaluator:
                 scores.append(self.head.local_log_probabilities(features).float().cpu())
             corrupt += batch.corrupt
         self.engine.train(True)
+        unreadable = torch.tensor(corrupt)
+        all_reduce(unreadable)
 
         order = all_gather_rows(torch.stack(records)[None])  # [ranks, batches, b]
         precision = self._average_precision(torch.cat(scores), order) if keeps_scores else None
@@ -97,7 +106,7 @@ class Evaluator:
         seen = order.flatten()
         kept = seen >= 0
         by_record = torch.argsort(seen[kept])
-        return EvaluationResult.of(
+        result = EvaluationResult.of(
             row_loss=loss[kept][by_record].double().numpy(),
             top_ids=top[kept][by_record].numpy(),
             ids=self._padded_ids(seen[kept][by_record].tolist()),
@@ -106,12 +115,13 @@ class Evaluator:
             resamples=self.config.resamples,
             seed=self.seed,
         )
+        return result, int(unreadable)
 
     # --- average precision, each rank its own hashtags -----------------------------------------------------------
 
     def _scores_fit(self) -> bool:
         largest = -(-self.head.vocabulary_size // self.head.group_size)  # the same decision on every rank
-        needed = 4 * len(self.loader) * self.micro_batch * self.world.size * largest
+        needed = 3 * 4 * len(self.loader) * self.micro_batch * self.world.size * largest
         return needed <= self.config.max_score_gib * 2**30
 
     def _average_precision(self, scores: Tensor, order: Tensor) -> NDArray[np.float64]:
@@ -167,6 +177,8 @@ class Evaluator:
             records.append(record)
             if len(records) == self.config.pictures:
                 break
+        if not images:
+            return None
         self.engine.train(False)
         pixels = torch.stack(images)
         log_probabilities, ids = self.head.top_k(self.engine.forward(normalize(pixels.to(self.world.device))), 5)
@@ -175,14 +187,18 @@ class Evaluator:
             return None
         names = [entry.hashtag for entry in self.dataset.vocabulary.entries]
         probabilities = log_probabilities.exp().tolist()
-        prediction_sheet(
-            pixels,
-            true=[[names[label] for label in self.dataset.labels(record)] for record in records],
-            predicted=[
-                [(names[label], share) for label, share in zip(row, shares, strict=True)]
-                for row, shares in zip(ids.tolist(), probabilities, strict=True)
-            ],
-            path=path,
-            title=title,
-        )
+        try:
+            prediction_sheet(
+                pixels,
+                true=[[names[label] for label in self.dataset.labels(record)] for record in records],
+                predicted=[
+                    [(names[label], share) for label, share in zip(row, shares, strict=True)]
+                    for row, shares in zip(ids.tolist(), probabilities, strict=True)
+                ],
+                path=path,
+                title=title,
+            )
+        except OSError as error:  # a full disk, say: no reason to stop training
+            _log.warning("cannot draw %s: %s", path, error)
+            return None
         return path

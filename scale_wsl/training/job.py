@@ -6,9 +6,12 @@ mistake is found in a second and every rank can stop with the same sentence.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.engines import ds_config
@@ -19,7 +22,7 @@ from scale_wsl.loading.loader import DataConfig
 from scale_wsl.loading.order import Order
 from scale_wsl.models.head import HeadConfig
 from scale_wsl.models.resnext import ModelConfig
-from scale_wsl.recipe import section, setting
+from scale_wsl.recipe import recipe_yaml, section, setting
 from scale_wsl.training import checkpoint, failure
 from scale_wsl.training.checkpoint import CheckpointConfig
 from scale_wsl.training.evaluate import EvaluateConfig
@@ -73,11 +76,23 @@ class Job:
     learning_rate: LearningRate
     deepspeed: dict[str, Any] | None
     resume: tuple[Path, checkpoint.Meta] | None
+    lock: FileLock | None  # rank 0's hold on the run folder, until this process ends
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
         return self.recipe.folder
+
+    def facts(self) -> dict[str, str]:
+        """What must be the same on every rank; hosts may see different files."""
+        path, meta = self.resume or ("nothing", None)
+        return {
+            "recipe": recipe_yaml(self.recipe),
+            "training set": self.train.manifest_hash,
+            "validation set": self.validation.manifest_hash,
+            "ds_config": json.dumps(self.deepspeed),
+            "checkpoint to go on from": f"{path} at {meta.samples} images" if meta else str(path),
+        }
 
     def samples(self, duration: str, key: str) -> int:
         """A duration of the recipe as a position of the global sample counter."""
@@ -128,8 +143,12 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
     warm_up = Duration.parse(recipe.schedule.warm_up, "schedule.warm_up").samples(
         batch=batch.total, epoch_start=order.epoch_start, whole=total
     )
+    if warm_up > total:
+        raise UserError(
+            f"schedule.warm_up is {recipe.schedule.warm_up!r}, {warm_up:,} images, but the whole training has {total:,}"
+        )
     learning_rate = LearningRate.of(recipe.optim, recipe.schedule, batch=batch.total, warm_up=warm_up, total=total)
-    job = Job(
+    return Job(
         recipe=recipe,
         train=train,
         validation=validation,
@@ -139,22 +158,33 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
         learning_rate=learning_rate,
         deepspeed=_deepspeed(recipe, batch, learning_rate.peak),
         resume=_resume(recipe, train, order),
+        lock=_take(recipe.folder) if world.is_main else None,
     )
-    if world.is_main:
-        try:
-            job.folder.mkdir(parents=True, exist_ok=True)
-            failure.clear(job.folder)
-        except OSError as error:
-            raise UserError(f"cannot write to the run folder {job.folder}: {error.strerror}") from None
-    return job
+
+
+def _take(folder: Path) -> FileLock:
+    """Make the run folder and hold it against a second run, which would mix its checkpoints with ours."""
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        failure.clear(folder)
+    except Timeout:
+        raise UserError(f"another run is at work in {folder}: wait for its end, or choose another run.folder") from None
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {folder}: {error.strerror}") from None
+    return lock
 
 
 def _open(folder: str, key: str, role: str) -> Dataset:
     """A data set by its own folder, or by that of a preparation, which holds one of each role."""
     if not folder:
         raise UserError(f"{key} is empty, but must be the folder of a prepared data set (scale-wsl prepare --help)")
-    is_data_set = (Path(folder) / "manifest.json").is_file()
-    return Dataset.open(folder if is_data_set else find_dataset(folder, role))
+    try:
+        is_data_set = (Path(folder) / "manifest.json").is_file()
+        return Dataset.open(folder if is_data_set else find_dataset(folder, role))
+    except OSError as error:
+        raise UserError(f"cannot read {key}, {folder}: {error.strerror}") from None
 
 
 def _deepspeed(recipe: PretrainRecipe, batch: ds_config.BatchSizes, peak: float) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scale_wsl.engines.base import Engine, clip_coefficient, square_norm
+from scale_wsl.engines.base import Engine, clip_coefficient, scale_gradients, square_norm
 from scale_wsl.engines.world import World
 from scale_wsl.errors import UserError
 from scale_wsl.loading.decode import normalize
@@ -51,7 +52,6 @@ class Interval:
     waited: float = 0.0  # seconds without data, this rank
     gradient_norm: float = math.nan
     learning_rate: float = 0.0
-    corrupt: int = 0
     skipped: int = 0
 
 
@@ -87,6 +87,14 @@ class Trainer:
         self.interval = Interval()
         self._skipped_in_a_row = 0
         self._corrupt = self._seen = 0
+        # BatchNorm statistics as they were before a step: a forward pass that is not finite spoils them for good,
+        # before anything can look at its loss. (copy, statistics), by type: one kernel each.
+        buffers = list(engine.trunk.buffers())
+        kinds = {buffer.dtype for buffer in buffers}
+        self._statistics = [
+            ([buffer.clone() for buffer in buffers if buffer.dtype == kind], [b for b in buffers if b.dtype == kind])
+            for kind in sorted(kinds, key=str)
+        ]
 
     # --- one step ------------------------------------------------------------------------------------------------
 
@@ -96,6 +104,8 @@ class Trainer:
         micro_batches = [next(self.batches) for _ in range(self.accumulation)]
         waited = time.perf_counter() - started
         labelled, stop = self._heartbeat(micro_batches, preemption)
+        for kept, statistics in self._statistics:
+            torch._foreach_copy_(kept, statistics)
 
         # For modules that draw from torch's generator (dropout, say): a function of the step, not of history.
         torch.manual_seed(derived_seed("step", self.seed, self.counter.samples, self.world.rank))
@@ -129,7 +139,6 @@ class Trainer:
         total, corrupt, stop = packed.tolist()
         self._corrupt += int(corrupt)
         self._seen += sum(len(batch.records) for batch in micro_batches) * self.world.size
-        self.interval.corrupt += int(corrupt)
         if self._corrupt > self.max_corrupt * max(self._seen, _SEEN_BEFORE_JUDGING):
             raise UserError(
                 f"{self._corrupt} of the {self._seen} images read so far are corrupt, more than data.max_corrupt "
@@ -138,19 +147,20 @@ class Trainer:
         return max(total, 1.0), stop > 0
 
     def _update(self, learning_rate: float) -> None:
-        """Clip by one norm over trunk and head, and step both - or neither, where that norm is not finite."""
+        """Clip by one norm over trunk and head, and step both; where it is not finite, leave everything as it was."""
         self.head.sync_gradients()
         gradients = [parameter.grad for parameter in self.head.parameters() if parameter.grad is not None]
         head_square = square_norm(gradients, self.world.device) / self.head.replica_count
         dist.all_reduce(head_square)  # over all ranks, replicas too: every rank sees the same number
         result = self.engine.step(learning_rate, head_square, self.optim.clip)
         if result.applied:
-            coefficient = clip_coefficient(result.gradient_norm, self.optim.clip)
-            if coefficient < 1.0 and gradients:
-                torch._foreach_mul_(gradients, coefficient)
+            scale_gradients(gradients, clip_coefficient(result.gradient_norm, self.optim.clip))
             for group in self.head_optimizer.param_groups:
                 group["lr"] = learning_rate
             self.head_optimizer.step()
+        else:
+            for kept, statistics in self._statistics:
+                torch._foreach_copy_(statistics, kept)
         self.head_optimizer.zero_grad()
         self.interval.gradient_norm = result.gradient_norm
         self._skipped_in_a_row = 0 if result.applied else self._skipped_in_a_row + 1
@@ -164,22 +174,28 @@ class Trainer:
     # --- between steps -------------------------------------------------------------------------------------------
 
     def take_interval(self, progress: Callable[[int], float]) -> dict[str, float]:
-        """Metrics since the last call, the same on all ranks (collective); `progress` gives epochs at a position."""
+        """Metrics since the last call (collective); `progress` gives the epochs done at a position.
+
+        Losses are over all ranks, waiting and memory those of the rank that has most of it.
+        """
         done, self.interval = self.interval, Interval()
         losses = torch.stack(done.losses).double()
         dist.all_reduce(losses)
+        # The rank that waits longest, or needs most, is the one that matters.
+        worst = torch.tensor([done.waited / max(done.seconds, 1e-9), _peak_memory(self.world.device) / 2**30])
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
         return {
             "train/loss": float(losses.mean()),
             "train/loss_last": float(losses[-1]),
             "train/learning_rate": done.learning_rate,
             "train/gradient_norm": done.gradient_norm,
             "train/images_per_second": done.images / max(done.seconds, 1e-9),
-            "train/data_wait_share": done.waited / max(done.seconds, 1e-9),
+            "train/data_wait_share": float(worst[0]),
             "train/corrupt_images": float(self._corrupt),
             "train/skipped_steps": float(done.skipped),
             "train/epoch": progress(self.counter.samples),
             "train/images": float(self.counter.samples),
-            "train/memory_gib": _peak_memory(self.world.device) / 2**30,
+            "train/memory_gib": float(worst[1]),
         }
 
     def combine_batchnorm(self, rule: str) -> None:
@@ -191,4 +207,5 @@ def _peak_memory(device: torch.device) -> int:
     """Peak bytes: the allocator's on a GPU, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from scale_wsl.engines.world import agree, joined_world
+from scale_wsl.engines.world import agree, joined_world, same_everywhere
 from scale_wsl.errors import UserError
 from scale_wsl.recipe import describe, load_recipe
 from scale_wsl.training.failure import first_failure_speaks
@@ -58,29 +58,48 @@ def read_arguments(argv: Sequence[str], default_recipe: Path) -> PretrainRecipe:
     if unknown:
         raise UserError(f"there is no option {unknown[0]}; --help lists what there is")
     overrides = [*arguments.overrides, *extra]  # argparse leaves positionals that follow an option to `extra`
-    if arguments.ds_config:
+    if arguments.ds_config is not None:
+        _no_second_answer("--ds_config", overrides, "engine.name=", "engine.ds_config=")
         overrides += ["engine.name=deepspeed", f"engine.ds_config={arguments.ds_config}"]
-    if arguments.resume:
+    if arguments.resume is not None:
+        if not arguments.resume:
+            raise UserError("--resume is empty, but must be auto or a checkpoint's folder")
+        _no_second_answer("--resume", overrides, "checkpoint.resume=")
         overrides.append(f"checkpoint.resume={arguments.resume}")
     return load_recipe(PretrainRecipe, arguments.recipe or default_recipe, overrides)
 
 
+def _no_second_answer(option: str, overrides: list[str], *keys: str) -> None:
+    for override in overrides:
+        if override.startswith(keys):
+            raise UserError(f"{option} and {override} say the same thing twice: take one of them out")
+
+
 def main(argv: Sequence[str], default_recipe: Path) -> int:
-    """Run a pretraining job on this rank; returns the exit code: 0 done or preempted, 2 a user's mistake."""
+    """Run a pretraining job on this rank; returns the exit code: 0 done or preempted, 2 a user's mistake.
+
+    Raises:
+        SystemExit: an error while training, printed by the first rank that met it: 2 a user's mistake, 1 any other.
+    """
     if {"-h", "--help"} & set(argv):
         if os.environ.get("RANK", "0") == "0":
             _parser().print_help()
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with joined_world() as world:
-        try:
-            with agree(world):
-                job = prepare_job(read_arguments(argv, default_recipe), world)
+    try:
+        with joined_world() as world:
+            try:
+                with agree(world):
+                    job = prepare_job(read_arguments(argv, default_recipe), world)
+                same_everywhere(world, job.facts())
+            except UserError as error:
+                if world.is_main:
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                dist.barrier()  # a launcher that sees one rank end stops the others: let the sentence out first
+                return 2
             with first_failure_speaks(job.folder, world.rank, world.size):
                 run(job, world)
-        except UserError as error:
-            if world.is_main:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            dist.barrier()  # a launcher that sees one rank end stops the others: let the sentence out first
-            return 2
+    except UserError as error:  # no world to agree with
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     return 0

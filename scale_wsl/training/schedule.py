@@ -16,6 +16,9 @@ from scale_wsl.recipe import setting
 __all__ = ["BatchConfig", "Duration", "LearningRate", "OptimConfig", "ScheduleConfig"]
 
 
+_LARGEST = {"image": 1e15, "step": 1e12, "epoch": 1e5, "%": 1e4}
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     """Section `batch`: the global batch is micro x accumulation x ranks."""
@@ -60,7 +63,7 @@ class ScheduleConfig:
     length: str = setting("2 epochs", "how much to train (the paper: 2 epochs of 3.5e9 images)")
     warm_up: str = setting("5 %", "length of the linear warm-up (the paper leaves it open)")
     halvings: int = setting(10, "how often the learning rate is halved, at equally spaced points (the paper: 10 to 20)")
-    evaluate_every: str = setting("1 epochs", "how often to evaluate; the end is always evaluated")
+    evaluate_every: str = setting("1 epoch", "how often to evaluate; '0 steps': only at the end, which always is")
 
     def __post_init__(self) -> None:
         if self.halvings < 0:
@@ -89,7 +92,10 @@ class Duration:
         count = float(match[1]) if match else math.inf
         if match is None or not math.isfinite(count):
             raise UserError(f"{key} is {text!r}, but must be like '7e9 images', '500 steps', '20 epochs' or '5 %'")
-        return cls(count, match[2].lower().removesuffix("s"))
+        unit = match[2].lower().removesuffix("s")
+        if count > _LARGEST[unit]:
+            raise UserError(f"{key} is {text!r}, which is longer than any training")
+        return cls(count, unit)
 
     def samples(self, *, batch: int, epoch_start: Callable[[int], int], whole: int | None = None) -> int:
         """The position of the global sample counter after this duration.

@@ -20,6 +20,7 @@ from scale_wsl.training.evaluate import Evaluator
 from scale_wsl.training.job import Job
 from scale_wsl.training.loop import Counter, Trainer
 from scale_wsl.training.preemption import Preemption
+from scale_wsl.training.sender import masked
 from scale_wsl.training.tracking import Tracker
 
 __all__ = ["Session", "run"]
@@ -27,16 +28,13 @@ __all__ = ["Session", "run"]
 
 def run(job: Job, world: World) -> None:
     """Train to the end of the schedule, or until a preemption; every rank calls this together."""
-    session = Session(job, world)
-    tracker = Tracker(job.recipe.tracking, job.folder, run_id=session.run_id) if world.is_main else Tracker.null()
-    with Preemption() as preemption, tracker:
-        try:
+    with Preemption(job.folder) as preemption:
+        session = Session(job, world)
+        config, name = job.recipe.tracking, job.recipe.run.name
+        tracker = Tracker(config, job.folder, name=name, run_id=session.run_id) if world.is_main else Tracker.null()
+        with tracker:  # leaving it by an error says FAILED
             session.announce(tracker)
-            status = session.train(preemption, tracker)
-        except BaseException:
-            tracker.finish("FAILED")
-            raise
-        tracker.finish(status)
+            tracker.finish(session.train(preemption, tracker))
         session.close(tracker)
 
 
@@ -46,6 +44,7 @@ class Session:
     def __init__(self, job: Job, world: World) -> None:
         recipe = job.recipe
         self.job, self.world, self.recipe = job, world, recipe
+        self.recipe_text = masked(recipe_yaml(recipe))
         optim: dict[str, Any] = {
             "momentum": recipe.optim.momentum,
             "nesterov": recipe.optim.nesterov,
@@ -103,7 +102,6 @@ class Session:
             world=world,
             seed=recipe.run.seed,
         )
-        self.last_evaluation = ""
 
     def _save(self, tracker: Tracker) -> None:
         self.trainer.combine_batchnorm(self.recipe.engine.batchnorm)
@@ -116,7 +114,7 @@ class Session:
             run_id=tracker.run_id or "",
             engine=self.recipe.engine.name,
             world_size=self.world.size,
-            recipe=recipe_yaml(self.recipe),
+            recipe=self.recipe_text,
         )
         folder = self.job.folder / "checkpoints"
         state.save(folder, self.engine, self.head, self.head_optimizer, meta, keep=self.recipe.checkpoint.keep)
@@ -169,23 +167,24 @@ class Session:
     def _evaluate(self, tracker: Tracker, bar: tqdm[Any]) -> None:
         self.trainer.combine_batchnorm(self.recipe.engine.batchnorm)
         step = self.trainer.counter.step
-        result = self.evaluator.evaluate()
+        evaluated = self.evaluator.evaluate()
         title = f"{self.recipe.run.name}, step {step}: predicted hashtags (probability), and the true ones"
         picture = self.evaluator.picture(self.job.folder / "pictures" / f"step-{step:08d}.png", title)
         if self.world.is_main:
-            assert result is not None
-            tracker.metrics(step, result.as_metrics())
+            assert evaluated is not None
+            result, unreadable = evaluated
+            tracker.metrics(step, result.as_metrics() | {"validation/corrupt_images": float(unreadable)})
             if picture is not None:
                 tracker.artifact(picture, "pictures")
-            self.last_evaluation = result.table()
-            bar.write(f"validation after step {step}:\n{self.last_evaluation}")
+            left_out = f" ({unreadable} corrupt images left out)" if unreadable else ""
+            bar.write(f"validation after step {step}{left_out}:\n{result.table()}")
 
     def announce(self, tracker: Tracker) -> None:
         """Say what is about to run, and record it."""
         if not self.world.is_main:
             return
         job, recipe = self.job, self.recipe
-        (job.folder / "recipe.yaml").write_text(recipe_yaml(recipe), encoding="utf-8")
+        (job.folder / "recipe.yaml").write_text(self.recipe_text, encoding="utf-8")
         model, labels = recipe.model, len(job.train.vocabulary)
         trunk = parameter_count(model)
         head = labels * (self.head.num_features + recipe.head.bias)
@@ -206,7 +205,7 @@ class Session:
             lines.append(f"going on from {job.resume[0]} ({self.trainer.counter.samples:,} images done)")
         print("\n".join(lines), flush=True)
         tracker.start(recipe_dict(recipe), {"data_set": str(job.train.name), "vocabulary": job.train.vocabulary_hash})
-        tracker.text("recipe.yaml", recipe_yaml(recipe))
+        tracker.text("recipe.yaml", self.recipe_text)
         tracker.text("environment.json", json.dumps(environment(), indent=2))
         tracker.artifact(job.train.folder / "vocabulary.json")
 
@@ -222,4 +221,5 @@ class Session:
             print(f"picture     {pictures[-1]}")
         if self.recipe.tracking.enabled:
             print(f"MLflow run  {tracker.run_id or 'not created yet: see the warning above'}")
-            print(f"look at it  mlflow ui --backend-store-uri {self.recipe.tracking.uri}")
+            uri = masked(self.recipe.tracking.uri)
+            print(f"look at it  {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {uri}'}")

@@ -44,8 +44,17 @@ def load_weights(path: Path, trunk: nn.Module, head: ShardedHead) -> None:
 
 
 def load_momentum(path: Path, engine: Engine, head: ShardedHead, head_optimizer: torch.optim.Optimizer) -> None:
-    """Fill the momentum of trunk and head from a checkpoint (collective)."""
-    trunk = {name: torch.empty_like(whole) for name, whole in engine.momentum().items()}
+    """Fill the momentum of trunk and head from a checkpoint (collective), whose weights have been loaded before.
+
+    Whole shapes are those of the checkpoint's own weights, which `load_weights` has compared with the trunk's; the
+    engine may by now have sharded its parameters.
+    """
+    shapes = checkpoint.shapes(path)
+    trunk = {
+        name: torch.empty(shapes.get(f"trunk.{name}", ()), dtype=torch.float32, device=parameter.device)
+        for name, parameter in engine.trunk.named_parameters()
+        if parameter.requires_grad
+    }
     momentum = {"trunk": trunk, "head": _head_momentum(head, head_optimizer)}
     checkpoint.load_tensors(path, {"momentum": momentum})
     engine.load_momentum(trunk)

@@ -51,7 +51,6 @@ class TrackingConfig:
     enabled: bool = setting(True, "record the run in MLflow")
     uri: str = setting("sqlite:///mlflow.db", "MLflow's tracking address: sqlite:///FILE, http://HOST:PORT, ...")
     experiment: str = setting("scale-wsl", "MLflow experiment that the run belongs to; made where it is not there")
-    run_name: str = setting("", "name of the run in MLflow; empty: the name of the run folder")
     every: int = setting(10, "steps between two metric lines")
     request_timeout: int = setting(10, "seconds after which a request to MLflow counts as unanswered")
     finish_timeout: float = setting(30.0, "seconds that the end of a run waits until MLflow has everything")
@@ -76,11 +75,13 @@ class Tracker:
     Args:
         config: section `tracking`; with `enabled` false every method does nothing.
         folder: the run's folder; the spool is `folder/spool`.
+        name: of the run in MLflow; "": the name of the run folder.
         run_id: MLflow's run id as the checkpoint has it; None or "" where there is none.
     """
 
-    def __init__(self, config: TrackingConfig, folder: Path, *, run_id: str | None = None) -> None:
+    def __init__(self, config: TrackingConfig, folder: Path, *, name: str = "", run_id: str | None = None) -> None:
         self._config, self._folder, self._given_run_id = config, folder, run_id or ""
+        self._name = name or folder.absolute().name
         self._session = uuid.uuid4().hex
         self._spool: Spool | None = None
         self._sender: subprocess.Popen[bytes] | None = None
@@ -120,13 +121,12 @@ class Tracker:
 
         Parameters are recorded once; those that a resumed run has changed become tags `resumed.<name>`.
         """
-        name = self._config.run_name or self._folder.absolute().name
         self._record(
             {
                 "kind": "start",
                 "session": self._session,
                 "run_id": self._given_run_id,
-                "name": name,
+                "name": self._name,
                 "params": {metric_name(key): masked(str(value)) for key, value in params.items()},
                 "tags": _system_tags() | {key: str(value) for key, value in (tags or {}).items()},
             }

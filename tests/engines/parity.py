@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ LABELS = 11  # uneven over 2 and 4 ranks
 RATE = LearningRate(start=0.001, peak=0.01, warm_up=5 * BATCH, total=20 * BATCH, halvings=3)
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 SEED = 3
+GROUP_NORM = partial(nn.GroupNorm, 8)
 
 
 class Trunk(nn.Module):
@@ -40,9 +41,8 @@ class Trunk(nn.Module):
 
     num_features = 256
 
-    def __init__(self) -> None:
+    def __init__(self, norm: Callable[[int], nn.Module] = GROUP_NORM) -> None:
         super().__init__()
-        norm = partial(nn.GroupNorm, 8)
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(64)
         self.layer1 = nn.Sequential(
@@ -55,9 +55,9 @@ class Trunk(nn.Module):
         return features
 
 
-def make_trunk() -> Trunk:
+def make_trunk(norm: Callable[[int], nn.Module] = GROUP_NORM) -> Trunk:
     """The trunk with its initial weights, its residual branches not at zero, so that they count from the first step."""
-    trunk = Trunk()
+    trunk = Trunk(norm)
     initialise(trunk, SEED, zero_init_residual=False)
     return trunk
 
@@ -97,6 +97,7 @@ def make_trainer(
     precision: str = "fp32",
     group_size: int = 0,
     batch: int = BATCH,
+    norm: Callable[[int], nn.Module] = GROUP_NORM,
     resume: Path | None = None,
 ) -> Trainer:
     """A trainer on this rank, its engine named as in `ENGINES`."""
@@ -113,7 +114,7 @@ def make_trainer(
         precision=precision,
     )
     settings: dict[str, Any] = {"momentum": optim.momentum, "nesterov": True, "weight_decay": optim.weight_decay}
-    trunk = make_trunk()
+    trunk = make_trunk(norm)
     head = ShardedHead(LABELS, trunk.num_features, mesh=head_mesh(group_size), seed=SEED)
     counter = Counter()
     if resume:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from scale_wsl.engines import ds_config
 from scale_wsl.engines.ds_config import BatchSizes, find, read, resolve
 from scale_wsl.errors import UserError
 
@@ -34,26 +38,79 @@ def test_there_is_a_file_for_each_stage() -> None:
     assert stages == {0, 1, 2, 3}
 
 
+ZERO = "zero_optimization"
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ({"train_batch_size": 50}, ["train_batch_size to 50", "8 x 3 x 2", "48"]),
+        ({"train_batch_size": 10**400}, ["train_batch_size to 1000"]),
+        ({"train_batch_size": "48"}, ['train_batch_size to "48"']),
+        ({"train_batch_size": float("nan")}, ["train_batch_size to NaN"]),
         ({"train_micro_batch_size_per_gpu": 4}, ["train_micro_batch_size_per_gpu to 4", "batch.micro is 8"]),
         ({"gradient_accumulation_steps": 2}, ["batch.accumulation is 3"]),
         ({"gradient_clipping": 1.0}, ["optim.clip is 0"]),
         ({"optimizer": {"type": "Adam"}}, ["optimizer.type", "SGD"]),
-        ({"optimizer": {"type": "SGD", "params": {"lr": 1}}}, ["optimizer.params.lr to 1", "0.025"]),
+        ({"optimizer": {"type": "SGD", "param": {}}}, ["optimizer.param,", "did you mean optimizer.params?"]),
+        (
+            {"optimizer": {"type": "SGD", "params": {"lr": 1}}},
+            ["optimizer.params.lr to 1", "optim.lr x batch / 256 = 0.025"],
+        ),
+        ({"optimizer": {"params": {"lr": 10**400}}}, ["optimizer.params.lr"]),
+        ({"optimizer": {"params": {"momentum": 0.8}}}, ["optimizer.params.momentum to 0.8", "optim.momentum is 0.9"]),
+        ({"optimizer": {"params": {"nesterov": 1}}}, ["optim.nesterov is true"]),
         ({"optimizer": {"params": {"betas": [0, 1]}}}, ["optimizer.params.betas"]),
+        ({"optimizer": {"params": []}}, ["optimizer.params to []", "JSON object"]),
         ({"bf16": {"enabled": True}}, ["bf16", "engine.precision=bf16"]),
-        ({"fp16": {"enabled": "auto"}}, ["fp16"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled to true", "engine.precision"]),
+        ({"fp16": {"enabled": 1}}, ["fp16.enabled to 1", "true or false"]),
+        ({"fp16": True}, ["fp16 to true", "JSON object"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler"]),
-        ({"torch_autocast": {"enabled": True}}, ["torch_autocast.enabled", "engine.precision"]),
+        (
+            {"torch_autocast": {"enabled": True}},
+            ["mine.json sets torch_autocast.enabled to true, but engine.precision is fp32: make them agree"],
+        ),
         ({"torch_autocast": 1}, ["torch_autocast", "JSON object"]),
-        ({"zero_optimization": {"stage": 4}}, ["stage to 4", "0, 1, 2 and 3"]),
-        ({"zero_optimization": {"stage": True}}, ["stage"]),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, ["offload_param"]),
+        ({"torch_autocast": {"enable": True}}, ["did you mean torch_autocast.enabled?"]),
+        ({"torch_autocast": {"dtype": 16}}, ["torch_autocast.dtype to 16", "a string"]),
+        (
+            {"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}},
+            ["lower_precision_safe_modules to a list", "reduced in bf16"],
+        ),
+        ({"steps_per_print": 0}, ["steps_per_print to 0", "a whole number of at least 1"]),
+        ({"steps_per_print": True}, ["steps_per_print to true"]),
+        ({"wall_clock_breakdown": "yes"}, ["wall_clock_breakdown", "true or false"]),
+        ({"flops_profiler": True}, ["flops_profiler to true", "JSON object"]),
+        ({"flops_profiler": {"profile_step": "x"}}, ["flops_profiler.profile_step"]),
+        ({"comms_logger": {"prof_ops": [1]}}, ["comms_logger.prof_ops", "a list of strings"]),
+        ({"comms_logger": {"verbos": True}}, ["did you mean comms_logger.verbose?"]),
+        ({"zero_allow_untested_optimizer": False}, ["zero_allow_untested_optimizer to false", "torch.optim.SGD"]),
+        ({"zero_force_ds_cpu_optimizer": True}, ["zero_force_ds_cpu_optimizer to true", "torch.optim.SGD"]),
+        ({ZERO: {"stage": 4}}, ["stage to 4", "0, 1, 2 and 3"]),
+        ({ZERO: {"stage": True}}, ["stage"]),
+        ({ZERO: {"stage": "auto"}}, ["stage"]),
+        ({ZERO: True}, ["zero_optimization to true", "JSON object"]),
+        ({ZERO: {"compute_grad_norm": False}}, ["compute_grad_norm to false", "not finite"]),
+        ({ZERO: {"stage": 3, "offload_param": {"device": "cpu"}}}, ['offload_param.device to "cpu"', "offloading"]),
+        ({ZERO: {"cpu_offload": True}}, ["cpu_offload", "offloading"]),
+        ({ZERO: {"mics_shard_size": 2}}, ["mics_shard_size", "groups of ranks"]),
+        ({ZERO: {"zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size to 2", "only 1 works"]),
+        ({ZERO: {"zero_quantized_weights": True}}, ["zero_quantized_weights", "recipe"]),
+        ({ZERO: {"zenflow": {"topk_ratio": 0.1}}}, ["zenflow", "stale"]),
+        ({ZERO: {"round_robin_gradients": True}}, ["round_robin_gradients", "momentum"]),
+        ({ZERO: {"parameter_alignment": True}}, ["parameter_alignment", "momentum"]),
+        ({ZERO: {"reduce_bucket_size": "big"}}, ['zero_optimization.reduce_bucket_size to "big"', "a whole number"]),
+        ({ZERO: {"reduce_bucket_size": 1.5}}, ["reduce_bucket_size to 1.5"]),
+        ({ZERO: {"reduce_bucket_size": 10**400}}, ["reduce_bucket_size to 1000"]),
+        ({ZERO: {"sub_group_size": float("inf")}}, ["sub_group_size to Infinity"]),
+        ({ZERO: {"allgather_bucket_size": 3}}, ["allgather_bucket_size to 3", "an even whole number"]),
+        ({ZERO: {"overlap_comm": 1}}, ["overlap_comm to 1", "true or false"]),
+        ({ZERO: {"overlap_com": True}}, ["did you mean zero_optimization.overlap_comm?"]),
+        ({ZERO: {"prefetch_bucket_size": 1}}, ["stage3_prefetch_bucket_size?"]),
         ({"zero_optimisation": {}}, ["zero_optimisation", "did you mean zero_optimization?"]),
         ({"qwertz": 1}, ["qwertz", "it takes"]),
+        ({"a\nb\x1b": 1}, ["a\\nb\\u001b"]),
     ],
 )
 def test_contradictions_are_refused_with_both_values(content: dict[str, Any], says: list[str]) -> None:
@@ -68,16 +125,111 @@ def test_equal_values_are_accepted_and_tuning_is_handed_on() -> None:
         {
             "train_batch_size": 48,
             "gradient_clipping": 0,
-            "optimizer": {"type": "SGD", "params": {"lr": "auto", "momentum": 0.9, "nesterov": True}},
-            "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000},
+            "optimizer": {"type": "SGD", "params": {"lr": 0.02500000001, "momentum": 0.9, "nesterov": True}},
+            "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 5e8},
             "wall_clock_breakdown": True,
-            "fp16": {"enabled": False},
+            "steps_per_print": 10,
+            "zero_allow_untested_optimizer": True,
+            "flops_profiler": {"enabled": True, "module_depth": -1, "output_file": None},
         }
     )
-    assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 500_000_000}
+    assert isinstance(config["zero_optimization"]["allgather_bucket_size"], int)
     assert config["wall_clock_breakdown"] is True
+    assert config["steps_per_print"] == 10
+    assert config["flops_profiler"] == {"enabled": True, "module_depth": -1}
     assert "optimizer" not in config
-    assert "fp16" not in config
+
+
+def test_what_says_nothing_is_dropped() -> None:
+    config = resolved(
+        {
+            "bf16": {"enabled": "auto"},
+            "fp16": {"enabled": False, "loss_scale": 0, "initial_scale_power": 16},
+            "amp": {"enabled": "auto", "opt_level": "auto"},
+            "scheduler": {},
+            "optimizer": {"type": "auto", "params": {"lr": "auto", "weight_decay": "auto"}},
+            "torch_autocast": {"enabled": False, "lower_precision_safe_modules": []},
+            "steps_per_print": None,
+            "dump_state": "auto",
+            "zero_force_ds_cpu_optimizer": "auto",
+            "zero_optimization": {
+                "stage": 3,
+                "offload_param": {"device": "none", "pin_memory": True},
+                "offload_optimizer": {"device": "none", "pin_memory": True},
+                "reduce_bucket_size": "auto",
+                "overlap_comm": None,
+                "compute_grad_norm": True,
+                "zero_hpz_partition_size": 1,
+                "round_robin_gradients": False,
+            },
+        }
+    )
+    assert config == resolved({"zero_optimization": {"stage": 3}})
+
+
+def test_every_tuning_key_is_one_that_deepspeed_takes() -> None:
+    zero_config = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    fields = zero_config.model_fields.items()
+    names = {field.alias or name: field.annotation for name, field in fields}
+    for key, kind in ds_config._ZERO_TUNING.items():
+        value: Any = True if kind is ds_config._BOOLEAN else 8
+        assert names[key] in ((bool, bool | None) if value is True else (int,)), key
+        assert zero_config(stage=3, **{key: value}).model_dump(by_alias=True)[key] == value
+
+
+NUMBERS = st.integers() | st.floats() | st.sampled_from([0, 1, -1, 48, 8, 3, 0.025, 5e8, 10**400, -(10**400), 1e300])
+WORDS = st.sampled_from(["auto", "none", "cpu", "SGD", "bfloat16", "bf16", ""]) | st.text()
+KEYS = st.sampled_from(
+    sorted(
+        {*ds_config._FROM_RECIPE, *ds_config._REPORTING, *ds_config._REPORTING_BLOCKS, *ds_config._FIXED}
+        | {*ds_config._SWITCHED, *ds_config._REFUSED, *ds_config._ZERO_TUNING, *ds_config._ZERO_FIXED}
+        | {key for kinds in ds_config._REPORTING_BLOCKS.values() for key in kinds}
+        | {"stage", "type", "params", "dtype", "lower_precision_safe_modules", "offload_param", "device", *OPTIMIZER}
+    )
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+def below(keys: Iterable[str], values: st.SearchStrategy[Any] = JSON) -> st.SearchStrategy[Any]:
+    return st.dictionaries(st.sampled_from(sorted(keys)), values, max_size=2) | JSON
+
+
+BLOCKS = {
+    "zero_optimization": below(
+        {"stage", "offload_param", *ds_config._ZERO_TUNING, *ds_config._ZERO_FIXED}, below(["device"]) | NUMBERS
+    ),
+    "torch_autocast": below(["enabled", "dtype", "lower_precision_safe_modules"]),
+    "optimizer": below(["type", "params"], below(OPTIMIZER)),
+    **{key: below(kinds) for key, kinds in ds_config._REPORTING_BLOCKS.items()},
+    **{key: below(["enabled"]) for key in ds_config._SWITCHED},
+}
+
+
+# One key at a time as well, or an early refusal would hide what comes later.
+@settings(max_examples=600, deadline=None)
+@given(
+    content=st.sampled_from(sorted(BLOCKS)).flatmap(lambda key: st.fixed_dictionaries({key: BLOCKS[key]}))
+    | st.dictionaries(KEYS, JSON, max_size=2)
+    | st.dictionaries(KEYS | st.text(), JSON),
+    precision=st.sampled_from(["fp32", "bf16"]),
+)
+def test_any_json_object_resolves_or_is_a_users_mistake(content: dict[str, Any], precision: str) -> None:
+    try:
+        config = resolved(content, precision=precision)
+    except UserError as error:
+        sentence = str(error)
+        assert sentence.startswith("mine.json sets ")
+        assert "\n" not in sentence
+        return
+    assert config["train_batch_size"] == 48
+    assert config["zero_optimization"]["stage"] in (0, 1, 2, 3)
+    assert set(config["zero_optimization"]) <= {"stage", *ds_config._ZERO_TUNING}
+    assert config["steps_per_print"] >= 1
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"a": 1, "a": 2}', "nul", '"x"', "[" * 100_000])

@@ -34,6 +34,17 @@ def test_losses_equal_the_float64_process(size: int) -> None:
         assert losses == pytest.approx(reference(clip), rel=1e-5), f"{name}, accumulation {accumulation}"
 
 
+def _unclipped_losses() -> dict[str, list[float]]:
+    return {name: parity.take_steps(parity.make_trainer(name, accumulation=1, clip=0.0), 5) for name in parity.ENGINES}
+
+
+def test_without_clipping_nothing_is_clipped() -> None:
+    """DeepSpeed clips at 1.0 unless it is told otherwise, and these gradients are larger."""
+    assert reference(0.0)[4] != pytest.approx(reference(1.0)[4], rel=1e-4)
+    for name, losses in run_ranks(_unclipped_losses, 2)[0].items():
+        assert losses == pytest.approx(reference(0.0)[:5], rel=1e-5), name
+
+
 def _losses_with_head_groups() -> list[float]:
     return parity.take_steps(parity.make_trainer("zero2", accumulation=1, clip=1.0, group_size=2), 5)
 

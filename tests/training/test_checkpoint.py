@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from scale_wsl.errors import UserError
-from scale_wsl.training import checkpoint
+from scale_wsl.training import checkpoint, state
 from scale_wsl.training.checkpoint import CheckpointConfig
 from tests.engines import parity
 from tests.ranks import run_ranks
@@ -115,6 +120,10 @@ def _meta(step: int) -> checkpoint.Meta:
     )
 
 
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
+
+
 def _save_steps(folder: Path, steps: list[int], keep: int) -> None:
     for step in steps:
         checkpoint.save(folder, {"head": {"weight": torch.full((3, 2), float(step))}}, _meta(step), keep=keep)
@@ -153,12 +162,31 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
         checkpoint.resume_from(CheckpointConfig(resume=str(newest)), tmp_path)
 
 
-def test_leftovers_of_a_run_that_died_while_saving_are_no_checkpoint(tmp_path: Path) -> None:
+def test_what_has_just_been_saved_is_kept_beside_later_steps(tmp_path: Path) -> None:
+    run_ranks(_save_steps, 1, tmp_path, [40, 50, 10, 20, 30], 2)
+    assert _steps(tmp_path) == [20, 30, 40, 50]
+    run_ranks(_save_steps, 1, tmp_path, [60], 1)
+    assert _steps(tmp_path) == [60]
+
+
+def test_leftovers_of_a_run_that_died_while_saving_are_no_checkpoint_and_go_at_the_next_save(tmp_path: Path) -> None:
     run_ranks(_save_steps, 1, tmp_path, [1], 2)
-    (tmp_path / "step-00000001").rename(tmp_path / ".step-00000007.part")
+    whole = tmp_path / "step-00000001"
+    for name in (".step-00000007.part", ".step-00000002.part", ".step-00000003.old", ".step-00000004.old.old"):
+        shutil.copytree(whole, tmp_path / name)
+    shutil.copytree(whole, tmp_path / ".step-mine.part")
+    whole.rename(tmp_path / ".step-00000001.part")
     assert checkpoint.newest(tmp_path) is None
     run_ranks(_save_steps, 1, tmp_path, [7], 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step-mine.part", "step-00000007"]
+
+
+def test_a_step_that_was_being_replaced_when_the_run_died_is_whole(tmp_path: Path) -> None:
+    run_ranks(_save_steps, 1, tmp_path, [7], 2)
+    replaced = (tmp_path / "step-00000007").rename(tmp_path / "step-00000007.old")
+    assert checkpoint.newest(tmp_path) == replaced
+    run_ranks(_save_steps, 1, tmp_path, [8], 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000007.old", "step-00000008"]
 
 
 def test_an_earlier_run_is_neither_continued_nor_overwritten_unasked(tmp_path: Path) -> None:
@@ -168,6 +196,70 @@ def test_an_earlier_run_is_neither_continued_nor_overwritten_unasked(tmp_path: P
     with pytest.raises(UserError, match="--resume auto"):
         checkpoint.resume_from(CheckpointConfig(), tmp_path)
     assert checkpoint.resume_from(CheckpointConfig(resume="auto"), tmp_path) == tmp_path / "step-00000001"
+
+
+def test_only_the_newest_of_the_runs_own_folder_is_gone_on_from_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    run_ranks(_save_steps, 1, run, [1, 2, 3], 3)
+    run_ranks(_save_steps, 1, other, [9], 3)
+
+    def resume(path: Path | str, folder: Path) -> Path | None:
+        return checkpoint.resume_from(CheckpointConfig(resume=str(path)), folder)
+
+    elsewhere = other / "step-00000009"
+    assert resume(elsewhere, tmp_path / "new") == elsewhere
+    for refused in (elsewhere, run / "step-00000002"):
+        with pytest.raises(UserError, match=r"run\.folder.*--resume auto.*remove"):
+            resume(refused, run)
+    newest = run / "step-00000003"
+    assert resume(newest, run) == newest
+    monkeypatch.chdir(run)
+    assert resume("step-00000003", run) == Path("step-00000003")
+    (newest / "meta.json").unlink()  # the newest whole one is now the one before
+    assert resume(run / "step-00000002", run) == run / "step-00000002"
+    for damaged in run.iterdir():
+        (damaged / "meta.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="has other checkpoints"):
+        resume(elsewhere, run)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "locked/run"])
+def test_a_folder_that_cannot_be_read_is_a_users_mistake(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / name
+    if name.startswith("locked"):  # permissions do not hold an administrator back
+        folder.mkdir(parents=True)
+        monkeypatch.setattr(Path, "iterdir", _forbidden)
+        with pytest.raises(UserError, match="cannot look for checkpoints in .*Permission denied"):
+            checkpoint.resume_from(CheckpointConfig(resume="auto"), folder)
+    for resume in ("", "auto"):
+        with contextlib.suppress(UserError):
+            assert checkpoint.resume_from(CheckpointConfig(resume=resume), folder) is None
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        checkpoint.resume_from(CheckpointConfig(resume=str(folder)), tmp_path)
+
+
+def _forbidden(path: Path) -> Iterator[Path]:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_a_file_list_with_impossible_names_is_a_damaged_checkpoint(tmp_path: Path) -> None:
+    run_ranks(_save_steps, 1, tmp_path, [1], 2)
+    path = tmp_path / "step-00000001"
+    content = json.loads((path / "meta.json").read_text())
+    for name in ("a" * 300, "a\0b"):
+        (path / "meta.json").write_text(json.dumps(content | {"files": {name: 1}}))
+        with pytest.raises(UserError, match="is not whole"):
+            checkpoint.read_meta(path)
+
+
+@pytest.mark.parametrize("every", ["", "often", "5", "1 hour"])
+def test_how_often_to_save_is_checked_at_once(every: str) -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.every"):
+        CheckpointConfig(every=every)
 
 
 def _load_other_network(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
@@ -185,3 +277,53 @@ def test_another_network_is_a_users_mistake(tmp_path: Path) -> None:
     assert "head.weight of shape [3, 2], but this recipe's is [4, 2]" in wrong_shape
     (missing,) = run_ranks(_load_other_network, 1, path, {"trunk.conv1.weight": (4, 2)})
     assert "has no trunk.conv1.weight" in missing
+
+
+RICH = ("trunk.bn1.weight", "trunk.bn1.running_mean", "head.weight", "head.bias")
+
+
+def _save_names(folder: Path, names: tuple[str, ...]) -> None:
+    checkpoint.save(folder, {name: torch.ones(3) for name in names}, _meta(1), keep=1)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "says"),
+    [
+        (RICH, []),
+        (("trunk.bn1.weight", "head.weight", "head.bias"), ["has trunk.bn1.running_mean", "model section", "recipe"]),
+        (("trunk.bn1.weight", "trunk.bn1.running_mean", "head.weight"), ["has head.bias", "head section", "recipe"]),
+        (("head.weight", "head.bias"), []),  # the trunk is not asked for
+        (("momentum.head.weight", "momentum.head.bias"), []),
+        (("momentum.head.weight",), ["has momentum.head.bias", "head section"]),
+    ],
+)
+def test_a_checkpoint_with_more_tensors_is_another_networks(
+    tmp_path: Path, loaded: tuple[str, ...], says: list[str]
+) -> None:
+    stored = (*RICH, *(f"momentum.{name}" for name in RICH if "running" not in name))
+    run_ranks(_save_names, 1, tmp_path, stored)
+    (sentence,) = run_ranks(_load_other_network, 1, tmp_path / "step-00000001", dict.fromkeys(loaded, (3,)))
+    assert bool(sentence) == bool(says)
+    for part in says:
+        assert part in sentence
+
+
+def _load_momentum_of(folder: Path, lost: str) -> str:
+    trainer = parity.make_trainer("ddp", accumulation=1, clip=0.5, batch=BATCH)
+    engine, head, optimizer = trainer.engine, trainer.head, trainer.head_optimizer
+    momentum = {name: torch.ones_like(tensor) for name, tensor in engine.momentum().items() if name != lost}
+    head_momentum = {name: torch.ones_like(tensor) for name, tensor in head.logical_tensors().items()}
+    tensors = {"trunk": engine.trunk_tensors(), "momentum": {"trunk": momentum, "head": head_momentum}}
+    path = checkpoint.save(folder, tensors, _meta(1), keep=1)
+    try:
+        state.load_momentum(path, engine, head, optimizer)
+    except UserError as error:
+        return str(error)
+    assert all(bool((tensor == 1).all()) and tensor.dtype == torch.float32 for tensor in engine.momentum().values())
+    return ""
+
+
+def test_momentum_that_is_missing_is_named(tmp_path: Path) -> None:
+    assert run_ranks(_load_momentum_of, 1, tmp_path, "") == [""]
+    (sentence,) = run_ranks(_load_momentum_of, 1, tmp_path, "layer1.0.conv2.weight")
+    assert "has no momentum.trunk.layer1.0.conv2.weight" in sentence

@@ -20,14 +20,24 @@ def test_only_the_first_rank_to_fail_prints(tmp_path: Path, capsys: pytest.Captu
     assert stopped.value.code == 1
     assert capsys.readouterr().err == ""
     clear(tmp_path)
+    with pytest.raises(SystemExit) as stopped, first_failure_speaks(tmp_path, 0, 2):
+        raise UserError("mend this")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: mend this\n"
+    with pytest.raises(SystemExit) as stopped, first_failure_speaks(tmp_path, 1, 2):
+        raise RuntimeError("Connection closed by peer")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == ""
+    clear(tmp_path)
     with pytest.raises(SystemExit), first_failure_speaks(tmp_path, 0, 2):
         raise ValueError("another run's")
     assert "another run's" in capsys.readouterr().err
 
 
-def test_a_users_mistake_passes_through(tmp_path: Path) -> None:
-    with pytest.raises(UserError), first_failure_speaks(tmp_path, 0, 1):
-        raise UserError("mend this")
+def test_an_end_that_was_asked_for_is_no_failure(tmp_path: Path) -> None:
+    for kind in (SystemExit, KeyboardInterrupt):
+        with pytest.raises(kind), first_failure_speaks(tmp_path, 0, 1):
+            raise kind
     assert not list(tmp_path.iterdir())
 
 
