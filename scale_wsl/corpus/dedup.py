@@ -16,7 +16,7 @@ of one outline join.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,15 +30,15 @@ NEAR = 0.97
 """The correlation from which on two thumbnails are near-identical."""
 
 _FAINT = 4.0
-"""Grey levels: a thumbnail that varies less (standard deviation) is scaled as if it varied so much, or the noise of
-nearly empty images would be compared; they are near-identical to each other instead."""
+"""Grey levels (standard deviation). A thumbnail that varies less is scaled as if it varied by so much: what little shows
+on nearly empty images is noise, which must not tell them apart, so they are near-identical to each other."""
 
 _LEAF = 1024  # rows of a leaf of the search tree: a block of distances takes 4 MB
 _PREFIX = 32  # coordinates that rule out most pairs
 _DENSE = 1 << 15  # pairs left of a block from which on one product of all coordinates is cheaper than pair by pair
 
 
-def clusters(thumbnails: NDArray[np.uint8], groups: Sequence[str | None]) -> NDArray[np.int64]:
+def clusters(thumbnails: NDArray[np.uint8], groups: Sequence[Collection[str]]) -> NDArray[np.int64]:
     """The cluster of each image, named by the index of its first member.
 
     Takes 1 kB of memory for each distinct thumbnail. Time grows with the square of their number, divided by what the
@@ -46,7 +46,7 @@ def clusters(thumbnails: NDArray[np.uint8], groups: Sequence[str | None]) -> NDA
 
     Args:
         thumbnails: `[N, SIDE, SIDE]`.
-        groups: `[N]`, images of the same group are put in one cluster; None is no group.
+        groups: `[N]`, the groups of each image, often none: images that share one are put in one cluster.
 
     Returns:
         `[N]`
@@ -57,7 +57,7 @@ def clusters(thumbnails: NDArray[np.uint8], groups: Sequence[str | None]) -> NDA
     )
     forest.join(np.arange(len(thumbnails)), first[which.reshape(-1)])
     first_of_group: dict[str, int] = {}
-    members = [(i, first_of_group.setdefault(group, i)) for i, group in enumerate(groups) if group is not None]
+    members = [(i, first_of_group.setdefault(group, i)) for i, those in enumerate(groups) for group in those]
     if members:
         forest.join(*np.array(members).T)
     spectrum = _spectrum(distinct.reshape(-1, SIDE, SIDE))
@@ -70,21 +70,30 @@ def split(cluster: NDArray[np.int64], keys: Sequence[str], share: float, seed: i
     """Which images are for validation: whole clusters, drawn until their images are `share` of all.
 
     The order of the draw is by a hash of the seed and each cluster's smallest key, so it does not depend on the order
-    of the images. A cluster that would overshoot the share is passed over, so the largest clusters are for training.
+    of the images. A cluster that would overshoot the share is passed over, so the largest clusters are for training; if
+    all would, the smallest one is drawn.
+
+    Args:
+        cluster: `[N]`, as `clusters` gives it.
+        keys: `[N]`
+        share: Above 0 and below 1.
+        seed: Of the draw.
 
     Returns:
-        `[N]`, at least one and not all where there are two clusters or more and `share` is above 0.
+        `[N]`, at least one and not all where there are two clusters or more, else none.
     """
     members: dict[int, list[int]] = {}
     for i, root in enumerate(cluster.tolist()):
         members.setdefault(root, []).append(i)
     drawn = sorted(members.values(), key=lambda rows: derived_seed("split", seed, min(keys[row] for row in rows)))
-    room = round(share * len(keys))
+    room = min(max(1, round(share * len(keys))), len(keys) - 1)
     validation = np.zeros(len(keys), np.bool_)
     for rows in drawn:
         if len(rows) <= room:
             validation[rows] = True
             room -= len(rows)
+    if not validation.any() and len(drawn) > 1:
+        validation[min(drawn, key=len)] = True
     return validation
 
 

@@ -1,14 +1,16 @@
 """Reads every post of a source once: hashtags normalised, image checked and looked at, exact copies merged.
 
 Must never hold the images: those that are no files of their own are spooled to one file aside. Held are, for each
-image, its key, hashtags, hash, thumbnail and place: about 1 kB.
+image, its key, hashtags, groups, hash, thumbnail and place.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import stat
 import sys
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,7 +41,8 @@ class Record:
     hashtags: tuple[str, ...]
     """As typed, of all copies."""
     normalised: tuple[str, ...]
-    group: str | None
+    groups: tuple[str, ...]
+    """Of all copies."""
     sha256: bytes
     place: Path | tuple[int, int]
     """A file, or (offset, length) in the spool."""
@@ -92,8 +95,8 @@ class Gathered:
 def gather(source: Source, spool: Path, *, max_pixels: int, max_bytes: int, workers: int) -> Gathered:
     """Read all posts of a source.
 
-    Images are decoded by threads (Pillow and the hash let others run meanwhile: as fast as processes on two cores,
-    without a copy of every image from one to another); four an each thread are in memory at a time.
+    Images are decoded by threads: Pillow and the hash let others run meanwhile, and no image is copied from one process
+    to another. Four for each thread are in memory at a time.
 
     Args:
         source: Where the posts come from.
@@ -123,21 +126,25 @@ def gather(source: Source, spool: Path, *, max_pixels: int, max_bytes: int, work
             else:
                 result.drop("no hashtag", post.key)
 
-    with open(spool, "wb") as spooled:
+    with warnings.catch_warnings(), open(spool, "wb") as spooled:
+        # Bombs and damaged metadata are judged by `look`, so nothing is left to warn of. The filters are the whole
+        # process's, so they are set here, before the threads start, and set back when all have ended.
+        warnings.simplefilter("ignore")
         for (post, normalised), outcome in _looked(usable(), max_pixels, max_bytes, workers):
             if isinstance(outcome, RefusedImage):
                 result.drop(outcome.reason, post.key, outcome.detail)
                 continue
             data, digest, seen = outcome
+            groups = () if post.group is None else (post.group,)
             if (first := by_content.get(digest)) is not None:
                 result.copies += 1
                 first.hashtags = _union(first.hashtags, post.hashtags)
                 first.normalised = _union(first.normalised, normalised)
-                first.group = first.group or post.group
+                first.groups = _union(first.groups, groups)
                 continue
             place = post.image if isinstance(post.image, Path) else _append(spooled, data)
             hashtags = _union(post.hashtags)
-            by_content[digest] = Record(post.key, seen.extension, hashtags, normalised, post.group, digest, place)
+            by_content[digest] = Record(post.key, seen.extension, hashtags, normalised, groups, digest, place)
             thumbnails.append(seen.thumbnail.tobytes())
     result.records = list(by_content.values())
     result.thumbnails = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, SIDE, SIDE)
@@ -179,6 +186,8 @@ def _fetch(post: Post, max_bytes: int) -> bytes:
         data = post.image()
     else:
         try:
+            if not stat.S_ISREG(post.image.stat().st_mode):  # a pipe would keep its reader waiting for ever
+                raise RefusedImage("unreadable", "it is no regular file")
             with open(post.image, "rb") as handle:
                 data = handle.read(max_bytes + 1)
         except OSError as error:

@@ -7,7 +7,6 @@ limit allows.
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +48,8 @@ class Look:
 def look(data: bytes, max_pixels: int) -> Look:
     """Decode an image file, of an animation the first frame, and shrink it to a grey thumbnail.
 
-    A JPEG is decoded at a reduced scale, which still reads all of it, so a truncated one is found.
+    A JPEG is decoded at a reduced scale, which still reads all of it, so a truncated one is found. Safe in threads;
+    Pillow's warnings are left to the caller, for the filters belong to the whole process.
 
     Args:
         data: The file's bytes.
@@ -58,29 +58,27 @@ def look(data: bytes, max_pixels: int) -> Look:
     Raises:
         RefusedImage: The bytes are truncated, damaged, empty, of another format, or of too many pixels.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # bombs and damaged metadata: judged here, so nothing is left to warn of
-        try:
-            image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
-            extension = EXTENSIONS[image.format or ""]
-            width, height = image.size
-            if width < 1 or height < 1:
-                raise RefusedImage("undecodable", f"{width} x {height} pixels")
-            if width * height > max_pixels:
-                raise RefusedImage("too many pixels", f"{width} x {height} are more than the limit of {max_pixels:,}")
-            if extension == "jpg":
-                image.draft("L", (4 * SIDE, 4 * SIDE))
-            image.load()
-            return Look(extension, width, height, _thumbnail(image))
-        except (RefusedImage, MemoryError):  # short memory is this machine's state, not the file's fault
-            raise
-        except UnidentifiedImageError:
-            raise RefusedImage("undecodable", f"no image of the formats {', '.join(EXTENSIONS)}") from None
-        except Image.DecompressionBombError as error:
-            raise RefusedImage("too many pixels", str(error)) from None
-        # Pillow's readers raise whatever their parsing runs into: SyntaxError, struct.error, KeyError, EOFError ...
-        except Exception as error:
-            raise RefusedImage("undecodable", f"{type(error).__name__}: {error}") from None
+    try:
+        image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
+        extension = EXTENSIONS[image.format or ""]
+        width, height = image.size
+        if width < 1 or height < 1:
+            raise RefusedImage("undecodable", f"{width} x {height} pixels")
+        if width * height > max_pixels:
+            raise RefusedImage("too many pixels", f"{width} x {height} are more than the limit of {max_pixels:,}")
+        if extension == "jpg":
+            image.draft("L", (4 * SIDE, 4 * SIDE))
+        image.load()
+        return Look(extension, width, height, _thumbnail(image))
+    except (RefusedImage, MemoryError):  # short memory is this machine's state, not the file's fault
+        raise
+    except UnidentifiedImageError:
+        raise RefusedImage("undecodable", f"no image of the formats {', '.join(EXTENSIONS)}") from None
+    except Image.DecompressionBombError as error:
+        raise RefusedImage("too many pixels", str(error)) from None
+    # Pillow's readers raise whatever their parsing runs into: SyntaxError, struct.error, KeyError, EOFError ...
+    except Exception as error:
+        raise RefusedImage("undecodable", f"{type(error).__name__}: {error}") from None
 
 
 def _thumbnail(image: Image.Image) -> NDArray[np.uint8]:

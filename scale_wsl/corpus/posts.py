@@ -63,6 +63,10 @@ class Source(Protocol):
     def stop(self) -> tuple[str, ...]:
         """Normalised hashtags that never become labels, because no user meant them."""
 
+    @property
+    def compares_images(self) -> bool:
+        """Whether the fingerprint sees that an image was changed."""
+
     def fingerprint(self) -> Mapping[str, object]:
         """What the posts depend on, as JSON: equal fingerprints mean equal posts. Cheap: nothing is downloaded."""
 

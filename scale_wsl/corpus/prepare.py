@@ -12,15 +12,17 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 import scale_wsl
@@ -40,7 +42,7 @@ from scale_wsl.recipe import setting
 __all__ = ["PrepareConfig", "Prepared", "prepare"]
 
 FORMAT = "scale_wsl preparation"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,8 @@ class Prepared:
     """They were there already."""
     report: Mapping[str, Any]
     """Counts of everything that was read, kept, merged and dropped, as in prepared.json."""
+    images_compared: bool = True
+    """That they are reused means that no image file was changed either."""
 
     def summary(self) -> str:
         """A few lines for the terminal."""
@@ -93,14 +97,16 @@ class Prepared:
         near = report["near_identical"]
         lines = [
             f"{report['posts']:,} posts; dropped: {dropped or 'none'}; {report['copies']:,} exact copies merged",
-            f"{near['clusters']:,} clusters of near-identical images, the largest of {near['largest']:,}; "
-            f"{near['images']:,} images are not alone in theirs",
+            f"{near['images']:,} images are near-identical to others or variants of them, in {near['clusters']:,} clusters"
+            + (f", the largest of {near['largest']:,}" if near["clusters"] else ""),
             f"{report['vocabulary']['entries']:,} labels, {report['vocabulary']['ambiguous']:,} of them ambiguous; the "
             f"most frequent: {', '.join(report['vocabulary']['most_frequent'][:8])}",
         ]
         for path, role in ((self.train, "train"), (self.validation, "val")):
             side = report[role]
             lines.append(f"{path}: {side['images']:,} images, {side['labels_per_image']:.2f} labels each")
+        if self.reused and not self.images_compared:
+            lines.append("the image files were not compared with those of then: --overwrite prepares them anew")
         return "\n".join(lines)
 
 
@@ -110,7 +116,7 @@ def prepare(
     """Prepare a source into `out`: `train-<source>-I-L/`, `val-<source>-I-L/` and prepared.json.
 
     Does nothing where `out` already holds just this. Of several processes that want the same `out`, one works and the
-    others wait for it. What dead runs left aside is removed.
+    others wait for it. What dead runs left aside is removed, or put in place where it is whole and `out` is gone.
 
     Args:
         source: Where the posts come from.
@@ -122,19 +128,14 @@ def prepare(
         UserError: The source cannot be read, `out` holds something else, or no image or no label is left.
     """
     config = config or PrepareConfig()
-    out = Path(out).absolute()
-    recipe = {"source": source.name, "fingerprint": dict(source.fingerprint()), "settings": config.recorded()}
-    recipe = json.loads(json.dumps(recipe))  # as it will be read back
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out.with_name(f".{out.name}.lock"))
-        lock.acquire()
-    except OSError as error:
-        raise UserError(f"cannot write into {out.parent}: {error.strerror}") from None
+    DatasetName("train", source.name, 0, 0)  # a name that is none is refused before the work, not after
+    out = _resolved(out)
+    recipe = _recipe(source, config)
+    lock = _locked(out)
     try:
         _remove_leftovers(out)
         if (found := _existing(out, recipe, overwrite)) is not None:
-            return found
+            return dataclasses.replace(found, images_compared=source.compares_images)
         replacement = out.with_name(f".{out.name}.new.part")  # of what is there; published whole, then moved
         with published_folder(replacement if out.exists() else out) as aside:
             _fill(aside, source, config, recipe)
@@ -147,19 +148,65 @@ def prepare(
         lock.release()
 
 
+def _recipe(source: Source, config: PrepareConfig) -> dict[str, Any]:
+    """All that the data sets follow from, as it will be read back from JSON."""
+    recipe = {
+        "source": source.name,
+        "licence": source.licence,
+        "attribution": source.attribution,
+        "stop": source.stop,
+        "fingerprint": dict(source.fingerprint()),
+        "settings": config.recorded(),
+    }
+    parsed: dict[str, Any] = json.loads(json.dumps(recipe))
+    return parsed
+
+
 # --- the folder ----------------------------------------------------------------------------------------------------
+
+
+def _resolved(out: str | Path) -> Path:
+    """Where links lead: they stay, and the folder that they name is what is made, locked and replaced."""
+    try:
+        return Path(out).resolve()
+    except (OSError, RuntimeError):  # RuntimeError: links in a ring
+        raise UserError(f"{out} is no place for a folder: its links cannot be followed") from None
+
+
+def _locked(out: Path) -> FileLock:
+    """The lock of `out`, held: of several processes one goes on, and the others wait here."""
+    path = out.with_name(f".{out.name}.lock")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))  # FileLock would wait for some errors to pass
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another process is preparing {out}: waiting for it", file=sys.stderr, flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"cannot write into {out.parent}: {error.strerror}") from None
+    return lock
 
 
 def _replace(out: Path, replacement: Path) -> None:
     old = out.with_name(f".{out.name}.old.part")
-    os.rename(out, old)  # a crash here leaves no `out`, and nothing half-made: the next run prepares it anew
+    os.rename(out, old)  # a crash here leaves no `out`: the next run puts the replacement in its place
     os.rename(replacement, out)
     sync_folder(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Folders that a run made aside and did not live to publish; holding the lock says that none is at work."""
+    """Folders that a run made aside and did not live to publish; holding the lock says that none is at work.
+
+    A crash between the two renames of `_replace` left no `out`, but two whole ones: the replacement takes its place.
+    """
+    for whole in (out.with_name(f".{out.name}.new.part"), out.with_name(f".{out.name}.old.part")):
+        if whole.exists() and not out.exists():
+            os.rename(whole, out)
+            sync_folder(out.parent)
     name = re.escape(out.name)
     aside = re.compile(rf"\.{name}\.([0-9a-f]{{8}}|new|old)\.part|\.\.{name}\.new\.part\.[0-9a-f]{{8}}\.part")
     for path in out.parent.iterdir():
@@ -178,18 +225,26 @@ def _existing(out: Path, recipe: Mapping[str, Any], overwrite: bool) -> Prepared
         return None
     try:
         prepared = json.loads((out / "prepared.json").read_bytes())
-        same = {key: prepared["recipe"].get(key) for key in recipe}
-        train, validation = out / prepared["train"], out / prepared["validation"]
-        is_ours = prepared["format"] == FORMAT and prepared["version"] == VERSION
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        is_ours, version = prepared["format"] == FORMAT, prepared["version"]
+        if is_ours and version == VERSION:
+            same = {key: prepared["recipe"].get(key) for key in recipe}
+            train, validation = out / prepared["train"], out / prepared["validation"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_ours = False
     if not is_ours:
         raise UserError(f"{out} is not empty and was not made by scale-wsl prepare: choose another folder")
     if overwrite:
         return None
+    if version != VERSION:
+        raise UserError(
+            f"{out} holds a preparation of version {version!r}, where this release makes {VERSION}: "
+            "choose another folder, or replace it with --overwrite"
+        )
     if same != recipe:
         changed = ", ".join(_differences(same, recipe))
-        raise UserError(f"{out} holds another preparation (different: {changed}): choose another folder, or overwrite")
+        raise UserError(
+            f"{out} holds another preparation (different: {changed}): choose another folder, or replace it with --overwrite"
+        )
     for path in (train, validation):
         Dataset.open(path).close()
     return Prepared(train, validation, True, prepared["report"])
@@ -215,15 +270,16 @@ def _fill(folder: Path, source: Source, config: PrepareConfig, recipe: Mapping[s
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in gathered.dropped.items()) or "no post"
         raise UserError(f"the source {source.name} gave no usable image ({reasons})")
 
-    cluster = clusters(gathered.thumbnails, [record.group for record in records])
+    cluster = clusters(gathered.thumbnails, [record.groups for record in records])
     chosen = split(cluster, [record.key for record in records], config.validation_share, config.seed)
     sides = {
         "train": [record for record, other in zip(records, chosen, strict=True) if not other],
         "val": [record for record, other in zip(records, chosen, strict=True) if other],
     }
+    wordnet = WordNet.load()
     vocabulary, counted = Vocabulary.build(
         (record.normalised for record in sides["train"]),
-        WordNet.load(),
+        wordnet,
         min_count=config.min_count,
         size=config.size,
         stop=source.stop,
@@ -236,7 +292,10 @@ def _fill(folder: Path, source: Source, config: PrepareConfig, recipe: Mapping[s
     facts = {"licence": source.licence, "attribution": source.attribution, "prepared_with": recipe["settings"]}
     names, figures = {}, {}
     for role, side in sides.items():
-        names[role], figures[role] = _write(folder, role, side, gathered, vocabulary, source.name, config, facts)
+        labelled = (
+            (record, label_ids(record.normalised, vocabulary, wordnet)) for record in _order(side, role, config)
+        )
+        names[role], figures[role] = _write(folder, role, labelled, gathered, vocabulary, source.name, config, facts)
     spool.unlink()
 
     sizes = np.bincount(cluster)
@@ -247,7 +306,7 @@ def _fill(folder: Path, source: Source, config: PrepareConfig, recipe: Mapping[s
         "examples": gathered.examples,
         "dropped_hashtags": dict(gathered.dropped_hashtags.most_common()),
         "near_identical": {
-            "clusters": int((sizes > 0).sum()),
+            "clusters": int((sizes > 1).sum()),
             "largest": int(sizes.max()),
             "images": int(sizes[sizes > 1].sum()),
         },
@@ -278,26 +337,28 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _order(records: Sequence[Record], role: str, config: PrepareConfig) -> list[Record]:
+    """The order of the records in the shards, which depends on their keys and the seed alone."""
+    ordered = sorted(records, key=lambda record: record.key)
+    return [ordered[i] for i in generator("shards", role, config.seed).permutation(len(ordered)).tolist()]
+
+
 def _write(
     folder: Path,
     role: str,
-    records: Sequence[Record],
+    records: Iterable[tuple[Record, NDArray[np.int32]]],
     gathered: Gathered,
     vocabulary: Vocabulary,
     source: str,
     config: PrepareConfig,
     facts: Mapping[str, Any],
 ) -> tuple[DatasetName, dict[str, Any]]:
-    """Write the labelled ones of `records` as a data set, in an order that depends on the keys and the seed alone."""
-    ordered = sorted(records, key=lambda record: record.key)
-    order = generator("shards", role, config.seed).permutation(len(ordered)).tolist()
+    """Write those of `records` that have labels as a data set, in the order given."""
     unfinished = folder / role
     unfinished.mkdir()
     labels_per_image: Counter[int] = Counter()
     with ShardWriter(unfinished, vocabulary, records_per_shard=config.records_per_shard) as writer:
-        for number in tqdm(order, f"{role}: shards", unit=" images", disable=None):
-            record = ordered[number]
-            labels = label_ids(record.normalised, vocabulary)
+        for record, labels in tqdm(records, f"{role}: shards", unit=" images", disable=None):
             if len(labels):
                 writer.add(record.key, record.extension, gathered.read(record), record.hashtags, labels)
                 labels_per_image[len(labels)] += 1

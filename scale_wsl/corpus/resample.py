@@ -1,6 +1,6 @@
 """How often each image comes in an epoch, so that rare hashtags are not drowned by the head of the Zipf distribution.
 
-The rule is that of paper.md section 3: a hashtag h carried by a share f(h) of the images has the factor
+The rule is that of Mahajan et al. 2018, section 3: a hashtag h carried by a share f(h) of the images has the factor
 `r(h) = max(1, phi(t / f(h)))` with a threshold t, and an image has the largest factor of its hashtags. phi is 1
 (natural), sqrt(x) (square-root, the paper's choice) or x (uniform). The factors are real numbers; what an epoch does
 with their fractions is the business of `scale_wsl.loading.order`. Must never drop an image: no factor is below 1.

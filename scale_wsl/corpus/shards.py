@@ -367,11 +367,14 @@ def _read_index(folder: Path, shard: Mapping[str, Any], labels: int) -> tuple[ND
 
     path = folder / shard["index"]["file"]
     try:
-        table = pq.read_table(path, use_threads=False, memory_map=False)
+        with pq.ParquetFile(path, memory_map=False) as file:
+            # Before anything is unpacked: a small file may claim any number of rows.
+            rows = file.metadata.num_rows
+            if file.schema_arrow.remove_metadata() != _index_schema() or rows != shard["records"]:
+                raise UserError(f"{path} is no index of this data set: it has other columns or another number of rows")
+            table = file.read(use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is no index that can be read: {' '.join(str(error).split())[:200]}") from None
-    if table.schema.remove_metadata() != _index_schema() or table.num_rows != shard["records"]:
-        raise UserError(f"{path} is no index of this data set: it has other columns or another number of rows")
     table = table.combine_chunks()
     keys, extensions, offset, length, ids = (table.column(name).chunk(0) for name in table.column_names)
     flat = ids.flatten()

@@ -50,7 +50,7 @@ class DataConfig:
     """What is read, how often, and how it is cropped (recipe section `data`)."""
 
     train: str = setting("", "folder of the data set to train on, or what prepare has made")
-    validation: str = setting("", "Folder of the data set to evaluate on.")
+    validation: str = setting("", "folder of the data set to evaluate on, or what prepare has made")
     image_size: int = setting(224, "side of the square that the network sees, in pixels")
     resize: int | None = setting(
         None, "short side to which an evaluation image is resized before its centre is cut; null: image_size * 256/224"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import functools
@@ -225,21 +224,22 @@ def test_only_the_newest_of_the_runs_own_folder_is_gone_on_from_by_name(
         resume(elsewhere, run)
 
 
-@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "locked/run"])
+@pytest.mark.parametrize("resume", ["", "auto"])
 def test_a_folder_that_cannot_be_read_is_a_users_mistake(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, resume: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / name
-    if name.startswith("locked"):  # permissions do not hold an administrator back
-        folder.mkdir(parents=True)
-        monkeypatch.setattr(Path, "iterdir", _forbidden)
-        with pytest.raises(UserError, match="cannot look for checkpoints in .*Permission denied"):
-            checkpoint.resume_from(CheckpointConfig(resume="auto"), folder)
-    for resume in ("", "auto"):
-        with contextlib.suppress(UserError):
-            assert checkpoint.resume_from(CheckpointConfig(resume=resume), folder) is None
+    config = CheckpointConfig(resume=resume)
+    with pytest.raises(UserError, match=r"cannot look for checkpoints in .*: File name too long"):
+        checkpoint.resume_from(config, tmp_path / ("a" * 300))
+    monkeypatch.setattr(Path, "iterdir", _forbidden)  # permissions would not hold an administrator back
+    with pytest.raises(UserError, match=r"cannot look for checkpoints in .*: Permission denied"):
+        checkpoint.resume_from(config, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "nowhere"])
+def test_a_checkpoint_that_cannot_be_read_is_a_users_mistake(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="not a whole checkpoint"):
-        checkpoint.resume_from(CheckpointConfig(resume=str(folder)), tmp_path)
+        checkpoint.resume_from(CheckpointConfig(resume=name), tmp_path)
 
 
 def _forbidden(path: Path) -> Iterator[Path]:

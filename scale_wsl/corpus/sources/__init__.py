@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ def source_class(name: str) -> type[Any]:
     if name in SOURCES:
         return SOURCES[name]
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, no error where a folder above may not be searched
         return FolderSource
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix.lower() in SUFFIXES:
             return TableSource
         raise UserError(f"{name} is a file, but no table: its name would end in {', '.join(SUFFIXES)}")

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from scale_wsl.corpus.images import RefusedImage
 from scale_wsl.corpus.posts import Post, key_of
 from scale_wsl.errors import UserError
 from scale_wsl.recipe import setting
@@ -43,6 +44,7 @@ class EmojiSource:
         "licence CC BY-SA 4.0, drawn to PNG; keywords: emojilib, (c) 2014 Mu-An Chiou, MIT licence"
     )
     stop = ()
+    compares_images = True
 
     def __post_init__(self) -> None:
         if not 8 <= self.pixels <= 2048:
@@ -111,5 +113,10 @@ def _draw(drawing: Path, pixels: int) -> bytes:
     import resvg_py
 
     # System fonts would make the image depend on the machine.
-    svg = drawing.read_text("utf-8")
-    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=pixels, height=pixels, skip_system_fonts=True))
+    try:
+        svg = drawing.read_text("utf-8")
+        return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=pixels, height=pixels, skip_system_fonts=True))
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of its Rust code is no Exception
+        raise RefusedImage("undecodable", f"resvg: {type(error).__name__}: {error}") from None

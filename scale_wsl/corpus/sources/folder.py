@@ -5,14 +5,17 @@ Must never write into the folder, and never leave it but through links to files 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from scale_wsl.corpus.naming import DatasetName
 from scale_wsl.corpus.posts import Post, key_of, split_hashtags
 from scale_wsl.errors import UserError
 from scale_wsl.recipe import setting
@@ -38,11 +41,13 @@ class FolderSource:
     attribution: str = setting("", "Whom to name as their authors, for the manifest.")
 
     stop = ()
+    compares_images = True
 
     def __post_init__(self) -> None:
+        DatasetName("train", self.name, 0, 0)
         if not self.path:
             raise UserError("a folder source needs its path: path=FOLDER")
-        if not Path(self.path).is_dir():
+        if not os.path.isdir(self.path):  # unlike Path's, no error where a folder above may not be searched
             raise UserError(f"the image folder {self.path} is not there, or is no folder")
         if next(self._images(), None) is None:
             raise UserError(f"there is no image ({', '.join(sorted(_SUFFIXES))}) in {self.path} or its folders")
@@ -52,7 +57,7 @@ class FolderSource:
         digest = hashlib.sha256()
         for image, sidecars in self._images():
             for path in (image, *sidecars):
-                status = path.stat() if path.exists() else None  # a link may lead nowhere
+                status = _status(path)
                 facts = (status.st_size, status.st_mtime_ns) if status else None
                 digest.update(f"{os.fsencode(path.relative_to(self.path))!r} {facts}\n".encode())
         return {"files": digest.hexdigest()}
@@ -80,12 +85,24 @@ class FolderSource:
                     yield Path(folder, file), sidecars
 
 
+def _status(path: Path) -> os.stat_result | None:
+    """A file's size and times; None for a link that leads nowhere, which is an image that cannot be read."""
+    try:
+        return path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise UserError(f"cannot look at {path}: {error.strerror}; may its folder be searched?") from None
+
+
 def _refuse(error: OSError) -> NoReturn:
     raise UserError(f"cannot read the image folder {error.filename}: {error.strerror}") from None
 
 
 def _read_sidecar(path: Path) -> tuple[str, ...]:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would keep its reader waiting for ever
+            raise UserError(f"the hashtags in {path} cannot be read: it is no regular file")
         with open(path, "rb") as handle:
             content = handle.read(_LARGEST_SIDECAR + 1)
         if len(content) > _LARGEST_SIDECAR:

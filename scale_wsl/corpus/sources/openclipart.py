@@ -13,12 +13,13 @@ import os
 import posixpath
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 from xml.parsers import expat
 
 from tqdm import tqdm
@@ -32,11 +33,14 @@ from scale_wsl.recipe import setting
 __all__ = ["OpenclipartSource", "subjects"]
 
 _RELEASE = "0.18"
+_PACKAGES = ("openclipart-svg", "openclipart-png")
 _FOLDER = "usr/share/openclipart"
 _LARGEST_MEMBER = 32 << 20  # bytes; the largest of 0.18 has 4.3 MB
 _MOST_BYTES = 8 << 30  # unpacked; 0.18 has 0.5 GB
 _DUBLIN_CORE = "http://purl.org/dc/elements/1.1/"
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+_LONGEST_TEXT = 1 << 16  # characters of all tags of a drawing
+_LONGEST_NAME = 1 << 12  # bytes of a member's name
 _LONGEST_ENTITY = 200  # characters; six drawings declare namespaces this way
 
 
@@ -54,6 +58,8 @@ class OpenclipartSource:
     stop = ("hash", "magick")
     """No user's words: "hash" is on 1,924 drawings, most of them mass-imported icons, and on none that shows one;
     "magick" is on the 1,375 stars that a program drew, and on nothing else."""
+
+    compares_images = True
 
     def fingerprint(self) -> Mapping[str, object]:
         """The release, whichever folder its packages come from."""
@@ -82,25 +88,19 @@ class OpenclipartSource:
                 yield Post(key_of(alias), fetch, hashtags.get(alias, ()))
 
     def _packages(self) -> tuple[Path, Path]:
-        folder = _download() if self.debs is None else Path(self.debs)
-        found = []
-        for package in ("openclipart-svg", "openclipart-png"):
-            matching = sorted(folder.glob(f"{package}_*{_RELEASE}*.deb"))
-            if len(matching) != 1:
-                problem = "is no" if not matching else "is more than one"
-                raise UserError(f"there {problem} {package}_*{_RELEASE}*.deb in {folder}, which must hold exactly one")
-            found.append(matching[0])
-        return found[0], found[1]
+        return _packages(_download() if self.debs is None else Path(self.debs))
 
 
 def subjects(svg: bytes) -> tuple[str, ...]:
     """The tags in an SVG's metadata: the text of each rdf:li within a dc:subject.
 
     Raises:
-        ValueError: It is no well-formed XML, or declares an entity that could grow or is not in the file.
+        ValueError: It is no well-formed XML, its tags are longer than any user's, or it declares an entity that could
+            grow or is not in the file.
     """
     tags: list[str] = []
     text: list[str] = []
+    collected = 0  # characters
     inside = 0  # open elements from dc:subject on
 
     def start(name: str, _: object) -> None:
@@ -117,7 +117,11 @@ def subjects(svg: bytes) -> tuple[str, ...]:
         inside -= inside > 0
 
     def characters(data: str) -> None:
+        nonlocal collected
         if inside:
+            collected += len(data)
+            if collected > _LONGEST_TEXT:
+                raise ValueError("its tags are too long")
             text.append(data)
 
     def declare_entity(name: str, _: bool, value: str | None, *__: object) -> None:
@@ -131,9 +135,21 @@ def subjects(svg: bytes) -> tuple[str, ...]:
     parser.EntityDeclHandler = declare_entity
     try:
         parser.Parse(svg, True)
-    except expat.ExpatError as error:
+    except (expat.ExpatError, LookupError) as error:  # LookupError: of an encoding that there is not
         raise ValueError(str(error)) from None
     return tuple(tag for tag in tags if tag)
+
+
+def _packages(folder: Path) -> tuple[Path, Path]:
+    """The two packages in a folder, which must hold each once."""
+    found = []
+    for package in _PACKAGES:
+        matching = sorted(folder.glob(f"{package}_*{_RELEASE}*.deb"))
+        if len(matching) != 1:
+            problem = "is no" if not matching else "is more than one"
+            raise UserError(f"there {problem} {package}_*{_RELEASE}*.deb in {folder}, which must hold exactly one")
+        found.append(matching[0])
+    return found[0], found[1]
 
 
 def _read_tags(svg_deb: Path) -> dict[str, tuple[str, ...]]:
@@ -166,7 +182,7 @@ def _members(deb: Path, kind: str) -> Iterator[tuple[str, str | None, IO[bytes] 
     prefix, suffix = f"{_FOLDER}/{kind}/", f".{kind}"
     total = 0
     try:
-        with open(deb, "rb") as handle, tarfile.open(fileobj=_data_member(handle, deb), mode="r|*") as archive:
+        with open(deb, "rb") as handle, _open_tar(_data_member(handle, deb)) as archive:
             for member in archive:
                 path = posixpath.normpath(member.name)
                 total += member.size
@@ -180,8 +196,26 @@ def _members(deb: Path, kind: str) -> Iterator[tuple[str, str | None, IO[bytes] 
                     yield name, target.removeprefix(prefix).removesuffix(suffix), None
                 elif member.isreg() and member.size <= _LARGEST_MEMBER:
                     yield name, None, archive.extractfile(member)
-    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, RecursionError) as error:
         raise UserError(f"{deb} is no Debian package that can be read: {error}") from None
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, refused where deb(5) has none such: these would be read into memory whatever their size."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+            if header.size > _LONGEST_NAME:
+                raise tarfile.ReadError(f"a member's name has {header.size:,} bytes")
+        elif header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
+            raise tarfile.ReadError(f"a member is of the type {header.type!r}, which no Debian package holds")
+        return header
+
+
+def _open_tar(data: IO[bytes]) -> tarfile.TarFile:
+    return tarfile.open(fileobj=data, mode="r|*", tarinfo=_Header)
 
 
 class _Part(io.RawIOBase):
@@ -220,7 +254,7 @@ def _download() -> Path:
     folder = cache_folder() / f"openclipart-{_RELEASE}"
     if folder.is_dir():
         return folder
-    packages = ["openclipart-svg", "openclipart-png"]
+    packages = list(_PACKAGES)
     instead = f"download {' and '.join(packages)} {_RELEASE} from Debian by hand and give their folder as debs=FOLDER"
     apt = shutil.which("apt-get")
     if apt is None:
@@ -228,10 +262,16 @@ def _download() -> Path:
     try:
         with published_folder(folder) as aside:
             aside.chmod(0o755)
+            print(f"fetching {' and '.join(packages)} from Debian with apt-get (156 MB)", file=sys.stderr)
             done = subprocess.run([apt, "download", *packages], cwd=aside, capture_output=True, text=True, check=False)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
                 raise UserError(f"apt-get could not download {' and '.join(packages)} ({reason}): {instead}")
+            try:
+                _packages(aside)
+            except UserError:
+                got = ", ".join(sorted(path.name for path in aside.iterdir())) or "nothing"
+                raise UserError(f"apt-get delivered {got}, where release {_RELEASE} is needed: {instead}") from None
     except FileExistsError:  # another process was faster
         pass
     return folder

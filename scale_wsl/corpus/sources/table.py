@@ -9,19 +9,21 @@ import csv
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scale_wsl.corpus.naming import DatasetName
 from scale_wsl.corpus.posts import Post, split_hashtags
 from scale_wsl.errors import UserError
 from scale_wsl.recipe import setting
 
 __all__ = ["SUFFIXES", "TableSource"]
 
-_LONGEST_LINE = 64 << 20  # characters of a line of JSON
+_LONGEST_LINE = 64 << 20  # characters of a line of JSON, or a row of CSV
 _ROWS_AT_ONCE = 64  # of a Parquet file, whose rows may hold whole images
 _HASHTAG = re.compile(r"[#＃]([^\s#＃,;]+)")
 
@@ -45,15 +47,17 @@ class TableSource:
     attribution: str = setting("", "Whom to name as their authors, for the manifest.")
 
     stop = ()
+    compares_images = False
 
     def __post_init__(self) -> None:
+        DatasetName("train", self.name, 0, 0)
         if not self.path:
             raise UserError("a table source needs its path: path=FILE")
-        if not Path(self.path).is_file():
+        if not os.path.isfile(self.path):  # unlike Path's, no error where a folder may not be searched
             raise UserError(f"the table {self.path} is not there, or is no file")
         if Path(self.path).suffix.lower() not in SUFFIXES:
             raise UserError(f"the table {self.path} is of no known kind: its name must end in {', '.join(SUFFIXES)}")
-        if not self._root.is_dir():
+        if not os.path.isdir(self._root):
             raise UserError(f"the folder of the images, {self._root}, is not there")
 
     @property
@@ -62,8 +66,11 @@ class TableSource:
 
     def fingerprint(self) -> Mapping[str, object]:
         """The table's contents and the options. The image files themselves are not looked at: there may be billions."""
-        with open(self.path, "rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        try:
+            with open(self.path, "rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
         columns = {"image": self.image, "hashtags": self.hashtags, "group": self.group}
         return {"sha256": digest, **columns, "root": str(self._root.resolve()), "anywhere": self.anywhere}
 
@@ -89,10 +96,10 @@ class TableSource:
 
     def _image(self, value: Any, at: str) -> Path | Callable[[], bytes]:
         if isinstance(value, dict):  # as the `datasets` library stores images
-            value = value["path"] if value.get("bytes") is None else value["bytes"]
+            value = content if isinstance(content := value.get("bytes"), bytes) else value.get("path")
         if isinstance(value, bytes):
             return functools.partial(bytes, value)
-        if not isinstance(value, str) or not value or "\0" in value:
+        if not isinstance(value, str) or not value or "\0" in value or not _is_path(value):
             raise UserError(f"the column {self.image} in {at} is no path of an image")
         path = self._root / value
         if not self.anywhere:
@@ -101,6 +108,14 @@ class TableSource:
             if not path.resolve().is_relative_to(self._root.resolve()):
                 raise UserError(f"the image path {value} in {at} leads out of {self._root}, which needs anywhere=true")
         return path
+
+
+def _is_path(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON may hold
+        return False
+    return True
 
 
 def _parse_hashtags(value: Any, column: str, at: str) -> tuple[str, ...]:
@@ -121,9 +136,22 @@ _Rows = Iterator[Mapping[str, Any]]
 def _csv_rows(path: str, columns: list[str]) -> _Rows:
     try:
         with open(path, encoding="utf-8-sig", newline="") as handle:
-            reader = csv.DictReader(handle, strict=True)
+            taken = 0  # characters of the row that is being read
+
+            def lines() -> Iterator[str]:
+                nonlocal taken
+                while line := handle.readline(_LONGEST_LINE):
+                    taken += len(line)
+                    if taken >= _LONGEST_LINE:
+                        raise csv.Error(f"a row is longer than {_LONGEST_LINE:,} characters")
+                    yield line
+
+            reader = csv.DictReader(lines(), strict=True)
             _check_columns(path, columns, reader.fieldnames or ())
-            yield from reader
+            taken = 0
+            for row in reader:
+                taken = 0
+                yield row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise _unreadable(path, error) from None
 
@@ -173,7 +201,8 @@ def _open_parquet(path: str) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        # Buffered, or a column's whole part of a row group would be read at once.
+        return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (OSError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from None
 
