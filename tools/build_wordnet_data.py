@@ -44,7 +44,7 @@ def read_source(source: Path) -> dict[str, bytes]:
     if source.is_dir():
         missing = [name for name in SOURCES if not (source / name).is_file()]
         if missing:
-            raise UserError(f"{source} lacks {', '.join(missing)}; give the folder of WordNet's dictionary files.")
+            raise UserError(f"{source} lacks {', '.join(missing)}; give the folder of WordNet's dictionary files")
         return {name: (source / name).read_bytes() for name in SOURCES}
     found: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(_data_member(source))) as tar:
@@ -54,7 +54,7 @@ def read_source(source: Path) -> dict[str, bytes]:
             if content is not None:
                 found[name] = content.read()
     if len(found) != len(SOURCES):
-        raise UserError(f"{source} does not hold {', '.join(SOURCES)}; give Debian's package wordnet-base.")
+        raise UserError(f"{source} does not hold {', '.join(SOURCES)}; give Debian's package wordnet-base")
     return found
 
 
@@ -62,7 +62,7 @@ def _data_member(deb: Path) -> bytes:
     """The member `data.tar.*` of a Debian package, which is an `ar` archive: 60-byte headers, even offsets."""
     raw = deb.read_bytes()
     if not raw.startswith(b"!<arch>\n"):
-        raise UserError(f"{deb} is neither a folder nor a Debian package; give wordnet-base_*.deb.")
+        raise UserError(f"{deb} is neither a folder nor a Debian package; give wordnet-base_*.deb")
     position = 8
     while position + 60 <= len(raw):
         name = raw[position : position + 16].decode("ascii", "replace").strip().rstrip("/")
@@ -71,13 +71,13 @@ def _data_member(deb: Path) -> bytes:
         if name.startswith("data.tar"):
             return raw[position : position + size]
         position += size + size % 2
-    raise UserError(f"{deb} has no data.tar member; download wordnet-base again.")
+    raise UserError(f"{deb} has no data.tar member; download wordnet-base again")
 
 
 def build(source: dict[str, bytes]) -> dict[str, bytes]:
     """The files that unpack from the package (by name, as bytes), from the three noun files of WordNet 3.0."""
     if hashlib.sha256(source["data.noun"]).hexdigest() != DATA_NOUN:
-        raise UserError("data.noun is not that of Debian's WordNet 3.0; no other version has ImageNet's ids.")
+        raise UserError("data.noun is not that of Debian's WordNet 3.0; no other version has ImageNet's ids")
     # Synset lines only: the header keeps the licence notice, which is to appear on all copies.
     blanked = re.sub(rb"(?m)^(?! )([^|\n]*\|)([^\n]*)", lambda line: line[1] + b" " * len(line[2]), source["data.noun"])
     assert len(blanked) == len(source["data.noun"])

@@ -30,8 +30,8 @@ NEAR = 0.97
 """The correlation from which on two thumbnails are near-identical."""
 
 _FAINT = 4.0
-"""Grey levels (standard deviation). A thumbnail that varies less is scaled as if it varied by so much: what little shows
-on nearly empty images is noise, which must not tell them apart, so they are near-identical to each other."""
+"""Grey levels (standard deviation). A thumbnail that varies less is scaled as if it varied by so much: what little
+shows on nearly empty images is noise, which must not tell them apart, so they are near-identical to each other."""
 
 _LEAF = 1024  # rows of a leaf of the search tree: a block of distances takes 4 MB
 _PREFIX = 32  # coordinates that rule out most pairs

@@ -20,7 +20,8 @@ def label_ids(hashtags: Iterable[str], vocabulary: Vocabulary, wordnet: WordNet)
     """Class indices `[k]`, ascending and distinct, of *normalised* hashtags; empty when none has a place.
 
     The training target puts the mass 1/k on each of them (k-hot, Mahajan et al. 2018, section 2), so two spellings
-    of one canonical hashtag are one label, not two. A spelling that the vocabulary never saw has the label of its synsets.
+    of one canonical hashtag are one label, not two. A spelling that the vocabulary never saw has the label of its
+    synsets, unless it is on the stop list.
     """
     found = {index for hashtag in hashtags if (index := _index(hashtag, vocabulary, wordnet)) is not None}
     return np.array(sorted(found), np.int32)

@@ -97,7 +97,7 @@ class Prepared:
         near = report["near_identical"]
         lines = [
             f"{report['posts']:,} posts; dropped: {dropped or 'none'}; {report['copies']:,} exact copies merged",
-            f"{near['images']:,} images are near-identical to others or variants of them, in {near['clusters']:,} clusters"
+            f"{near['images']:,} images are near-identical to others, or variants, in {near['clusters']:,} clusters"
             + (f", the largest of {near['largest']:,}" if near["clusters"] else ""),
             f"{report['vocabulary']['entries']:,} labels, {report['vocabulary']['ambiguous']:,} of them ambiguous; the "
             f"most frequent: {', '.join(report['vocabulary']['most_frequent'][:8])}",
@@ -243,7 +243,8 @@ def _existing(out: Path, recipe: Mapping[str, Any], overwrite: bool) -> Prepared
     if same != recipe:
         changed = ", ".join(_differences(same, recipe))
         raise UserError(
-            f"{out} holds another preparation (different: {changed}): choose another folder, or replace it with --overwrite"
+            f"{out} holds another preparation (different: {changed}): choose another folder, or replace it "
+            "with --overwrite"
         )
     for path in (train, validation):
         Dataset.open(path).close()

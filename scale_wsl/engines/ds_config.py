@@ -98,7 +98,7 @@ _ZERO_FIXED = {
     "cpu_offload": (False, "offloading is not supported yet"),
     "mics_": (False, "partitioning within groups of ranks is not supported yet"),
     "offload_": (False, "offloading is not supported yet"),
-    "parameter_alignment": (False, "momentum could not be moved to another engine"),
+    "parameter_alignment": (False, "it is not tested with this engine"),
     # DeepSpeed 0.19 reorders the flat buffer, but not the addresses by which momentum is read from it.
     "round_robin_gradients": (False, "DeepSpeed 0.19 then misplaces momentum in checkpoints"),
     "zenflow": (False, "ZenFlow steps by stale gradients, which the recipe does not"),

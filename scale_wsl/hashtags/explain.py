@@ -23,7 +23,7 @@ def explain(text: str, wordnet: WordNet, vocabulary: Vocabulary | None = None) -
     """
     hashtag, reason = examine(text)
     if hashtag is None:
-        return f"{_shown(text)} is not a hashtag: {reason}."
+        return f"{_shown(text)} is not a hashtag: {reason}"
     reading = wordnet.read(hashtag)
     lines = [f"{_shown(text)} -> {hashtag}", *_wordnet_lines(reading, wordnet)]
     if vocabulary is not None:

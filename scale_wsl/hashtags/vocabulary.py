@@ -231,14 +231,14 @@ class Vocabulary:
         try:
             parsed = json.loads(Path(path).read_bytes())
         except OSError as error:
-            raise UserError(f"Cannot read the vocabulary {path}: {error.strerror}.") from error
+            raise UserError(f"cannot read the vocabulary {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not a vocabulary file: it is not valid JSON ({error}).") from error
+            raise UserError(f"{path} is not a vocabulary file: it is not valid JSON ({error})") from error
         try:
             return cls._parsed(parsed)
         except ValueError as error:
             raise UserError(
-                f"The vocabulary {path} is damaged: {error}; build it again or restore the original."
+                f"the vocabulary {path} is damaged: {error}; build it again or restore the original"
             ) from error
 
     @classmethod
@@ -307,10 +307,10 @@ def _parsed_entry(entry: Any) -> Entry:
 
 def _check_rule(min_count: int, size: int | None, stop: Collection[str]) -> None:
     if min_count < 1:
-        raise UserError(f"min_count is {min_count}; a hashtag is kept from 1 image upwards.")
+        raise UserError(f"min_count is {min_count}; a hashtag is kept from 1 image upwards")
     if size is not None and size < 1:
-        raise UserError(f"size is {size}; a vocabulary has at least 1 entry (leave it out for no limit).")
+        raise UserError(f"size is {size}; a vocabulary has at least 1 entry (leave it out for no limit)")
     for hashtag in sorted(stop):
         if (normal := normalize(hashtag)) != hashtag:
             right = f"write {normal!r}" if normal else "it is not a hashtag"
-            raise UserError(f"The stop list holds {hashtag!r}, which is not in normal form: {right}.")
+            raise UserError(f"the stop list holds {hashtag!r}, which is not in normal form: {right}")

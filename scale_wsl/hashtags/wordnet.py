@@ -175,7 +175,7 @@ class WordNet:
 
     def _synset(self, wnid: str) -> Any:
         if wnid not in self.wnids:
-            raise UserError(f"{wnid!r} is no noun synset of WordNet 3.0; an id looks like n02132136.")
+            raise UserError(f"{wnid!r} is no noun synset of WordNet 3.0; an id looks like n02132136")
         return self.reader.synset_from_pos_and_offset("n", int(wnid[1:]))
 
     @property
@@ -224,18 +224,28 @@ def _unpacked(cache: Path) -> Path:
             except (OSError, lzma.LZMAError):
                 content = b""
             if hashlib.sha256(content).hexdigest() != digest:
-                raise UserError(f"The installed file {shipped / name}.xz is damaged; install scale-wsl again.")
+                raise UserError(f"the installed file {shipped / name}.xz is damaged; install scale-wsl again")
         try:
+            _make_private(cache, folder)
             with published_file(folder / name) as path:
                 path.write_bytes(content)
                 path.chmod(0o644)  # NLTK refuses data that the group may write, which some umasks allow
         except OSError as error:
             if not _is_whole(folder / name, digest):  # another process may have published it, and hold it open
                 raise UserError(
-                    f"Cannot unpack WordNet to {folder} ({error.strerror}); "
-                    "set SCALE_WSL_CACHE to a folder that can be written."
+                    f"cannot unpack WordNet to {folder} ({error.strerror}); "
+                    "set SCALE_WSL_CACHE to a folder that can be written"
                 ) from error
     return folder
+
+
+def _make_private(cache: Path, folder: Path) -> None:
+    """Make `cache` and the folders from there down to `folder`, which nobody else may write, whatever the umask."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    current = cache
+    for part in ("", *folder.relative_to(cache).parts):
+        current /= part
+        current.mkdir(mode=0o755, exist_ok=True)  # `parents=True` would give the mode to the last one alone
 
 
 def _is_whole(path: Path, digest: str) -> bool:
@@ -274,17 +284,21 @@ def _open_reader(corpus: Path) -> Any:
     import nltk.data
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
+    class NounReader(WordNetCorpusReader):  # type: ignore[misc]
+        def map_wn(self, version: str = "wordnet") -> None:
+            """No table to other languages' WordNets, for which NLTK would open any corpora/wordnet it finds."""
+
     root = str(corpus.parents[1])
-    if root not in nltk.data.path:  # NLTK reads nothing outside the folders listed here
+    if root not in nltk.data.path:  # NLTK opens no file outside the folders listed here
         nltk.data.path.append(root)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The multilingual functions are not available", UserWarning)
-            reader = WordNetCorpusReader(str(corpus), None)
+            reader = NounReader(str(corpus), None)
         reader.synset_from_pos_and_offset("n", 1740)  # the root: opens data.noun now, so that a refusal comes here
     except PermissionError as error:
         raise UserError(
             f"NLTK will not read {corpus}, where another account may write; "
-            "take that right away (chmod -R go-w) or set SCALE_WSL_CACHE to a folder of your own."
+            "take that right away (chmod -R go-w) or set SCALE_WSL_CACHE to a folder of your own"
         ) from error
     return reader

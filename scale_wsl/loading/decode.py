@@ -33,7 +33,7 @@ __all__ = [
     "train_crop",
 ]
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training pixels in [0, 1], RGB: those of the released weights (paper.md 8)
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training pixels in [0, 1], RGB: those of the released WSL-Images weights
 STD = (0.229, 0.224, 0.225)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -101,7 +101,8 @@ def random_crop_box(
     """A random part of an image, (left, top, right, bottom), by the algorithm of torchvision's RandomResizedCrop.
 
     The area is uniform in [min_scale, 1] of the image's, the aspect ratio log-uniform in `ratio`, the place uniform.
-    After ten draws that do not fit, the largest centred part with an allowed ratio. Defaults: paper.md section 5.
+    After ten draws that do not fit, the largest centred part with an allowed ratio. The defaults are those of Mahajan
+    et al. 2018.
     """
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):

@@ -57,9 +57,7 @@ class DataConfig:
     )
     min_scale: float = setting(0.08, "smallest share of an image's area that a random training crop may cover")
     flip: bool = setting(True, "mirror half of the training images")
-    resampling: str = setting(
-        "square-root", "how often images with rare hashtags are repeated (paper section 3)", choices=MODES
-    )
+    resampling: str = setting("square-root", "how often images with rare hashtags are repeated", choices=MODES)
     threshold: float = setting(
         0.001, "share of images below which a hashtag counts as rare; the paper leaves it open, 0.001 is LVIS's"
     )

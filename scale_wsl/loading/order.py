@@ -39,7 +39,7 @@ class Order:
     """The endless sequence of samples: epoch lists one after the other, each repeated and shuffled on its own.
 
     The list of epoch e holds image i floor(r_i) times, and once more with the probability of r_i's fraction, redrawn
-    each epoch (paper.md section 3), so epochs differ in length unless every factor is a whole number.
+    each epoch (Mahajan et al. 2018, section 3), so epochs differ in length unless every factor is a whole number.
 
     Memory per rank: 8 bytes for each entry of one epoch list, 4 for each image, and 16 more for each image whose factor
     has a fraction; while a list is built, up to 20 more for each image. Building one takes about 0.1 us of CPU time an
@@ -80,7 +80,11 @@ class Order:
 
     @property
     def identity(self) -> str:
-        """What the sequence is a function of, as text: a resumed run must find the same one in its checkpoint."""
+        """What the sequence is a function of, as text: a resumed run must find the same one in its checkpoint.
+
+        How these become draws is NumPy's: its streams of `Generator.shuffle` and `Generator.random` may change with a
+        release (NEP 19). Its version is not part of the identity; a test pins the draws themselves.
+        """
         return f"manifest {self.manifest_hash}, seed {self.seed}, resampling {self.resampling}"
 
     @property

@@ -25,7 +25,7 @@ from scale_wsl.recipe import setting
 __all__ = ["HeadConfig", "HeadOutput", "ShardedHead", "head_mesh", "initial_rows"]
 
 _BLOCK = 1024  # rows drawn from one seed
-_INITIAL_STD = 0.01  # paper section 5, after Goyal et al. 2017
+_INITIAL_STD = 0.01  # Goyal et al. 2017, section 5.1, whose recipe the paper follows
 
 
 @dataclass(frozen=True, kw_only=True)

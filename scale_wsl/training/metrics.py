@@ -76,7 +76,7 @@ def prevalence(ids: NDArray[np.integer[Any]], size: int) -> Floats:
 
 
 def hits(top: NDArray[np.integer[Any]], ids: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
-    """Whether any of an image's labels is among its top k, `[N]` (the paper, section 3).
+    """Whether any of an image's labels is among its top k, `[N]`.
 
     Args:
         top: `[N, k]` or, the same for all images, `[k]`.

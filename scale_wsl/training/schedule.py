@@ -34,7 +34,7 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Section `optim`: synchronous Nesterov SGD with the linear scaling rule (the paper's recipe, section 2.4)."""
+    """Section `optim`: synchronous Nesterov SGD with the linear scaling rule (the paper's recipe)."""
 
     lr: float = setting(0.1, "peak learning rate for a global batch of 256; scaled linearly with the batch")
     momentum: float = setting(0.9, "momentum")

@@ -56,7 +56,7 @@ def test_the_search_is_exact(seed: int, count: int, leaf: int) -> None:
     thumbnails = random_thumbnails(seed, count)
     before, dedup._LEAF = dedup._LEAF, leaf
     try:
-        found = clusters(thumbnails, [None] * count)
+        found = clusters(thumbnails, [()] * count)
     finally:
         dedup._LEAF = before
     assert np.array_equal(found, brute_force(thumbnails))
@@ -64,26 +64,36 @@ def test_the_search_is_exact(seed: int, count: int, leaf: int) -> None:
 
 def test_groups_join_what_does_not_look_alike() -> None:
     thumbnails = random_thumbnails(1, 40)
-    apart = clusters(thumbnails, [None] * 40)
+    apart = clusters(thumbnails, [()] * 40)
     ends = sorted(set(apart.tolist()))[:2]
-    groups = ["same" if i in ends else None for i in range(40)]
+    groups = [("same",) if i in ends else () for i in range(40)]
     joined = clusters(thumbnails, groups)
     assert joined[ends[0]] == joined[ends[1]] != apart[ends[1]]
     assert len(set(joined.tolist())) == len(set(apart.tolist())) - 1
+
+
+def test_an_image_of_several_groups_joins_them_all() -> None:
+    thumbnails = random_thumbnails(1, 40)
+    ends = sorted(set(clusters(thumbnails, [()] * 40).tolist()))[:4]
+    groups: list[tuple[str, ...]] = [()] * 40
+    for i, those in zip(ends, (("a",), ("b", "c"), ("a", "b"), ("d",)), strict=True):
+        groups[i] = those
+    joined = clusters(thumbnails, groups)
+    assert joined[ends[0]] == joined[ends[1]] == joined[ends[2]] != joined[ends[3]]
 
 
 def test_nearly_empty_images_are_near_to_each_other() -> None:
     faint = np.full((6, SIDE, SIDE), 255, np.uint8)
     for i in range(6):
         faint[i, i * 2, i] = 253
-    assert set(clusters(faint, [None] * 6).tolist()) == {0}
+    assert set(clusters(faint, [()] * 6).tolist()) == {0}
 
 
 def test_a_large_dense_cluster_is_one() -> None:
     rng = np.random.default_rng(0)
     base = random_thumbnails(3, 1)[0].astype(float)
     thumbnails = (base[None] + rng.normal(0, 2, (3000, SIDE, SIDE))).clip(0, 255).astype(np.uint8)
-    assert set(clusters(thumbnails, [None] * 3000).tolist()) == {0}
+    assert set(clusters(thumbnails, [()] * 3000).tolist()) == {0}
 
 
 def jpeg(image: Image.Image) -> Image.Image:
@@ -118,7 +128,7 @@ def drawings() -> list[Image.Image]:
 def test_planted_near_duplicates_never_straddle(edit: str, drawings: list[Image.Image]) -> None:
     both = [*drawings, *map(EDITS[edit], drawings)]
     thumbnails = np.stack([look(encode(image), 10**6).thumbnail for image in both])
-    cluster = clusters(thumbnails, [None] * len(both))
+    cluster = clusters(thumbnails, [()] * len(both))
     assert np.array_equal(cluster[: len(drawings)], cluster[len(drawings) :])
     for seed in range(5):
         validation = split(cluster, [f"k{i}" for i in range(len(both))], 0.3, seed)
@@ -128,7 +138,7 @@ def test_planted_near_duplicates_never_straddle(edit: str, drawings: list[Image.
 
 def test_different_drawings_stay_apart(drawings: list[Image.Image]) -> None:
     thumbnails = np.stack([look(encode(image), 10**6).thumbnail for image in drawings])
-    sizes = np.bincount(clusters(thumbnails, [None] * len(drawings)))
+    sizes = np.bincount(clusters(thumbnails, [()] * len(drawings)))
     assert (sizes > 0).sum() > 0.9 * len(drawings)
     assert sizes.max() < 0.08 * len(drawings)
 
@@ -139,17 +149,31 @@ def test_the_split_keeps_clusters_whole_and_its_share(roots: list[int], share: f
     cluster = np.array([int(np.flatnonzero(names == name)[0]) for name in names])
     keys = [f"k{i}" for i in range(len(names))]
     validation = split(cluster, keys, share, seed)
-    assert validation.sum() <= round(share * len(names))
+    room = min(max(1, round(share * len(names))), len(names) - 1)
+    sizes = [int((names == name).sum()) for name in set(roots)]
+    if len(sizes) > 1:
+        assert 0 < validation.sum() < len(names)
+    if min(sizes) <= room:
+        assert validation.sum() <= room
+    else:
+        assert validation.sum() == (min(sizes) if len(sizes) > 1 else 0)
     for root in set(cluster.tolist()):
         assert len(set(validation[cluster == root].tolist())) == 1
     # Whatever was left out would have overshot.
-    room = round(share * len(names)) - validation.sum()
-    assert all((cluster == root).sum() > room for root in set(cluster[~validation].tolist()))
+    left = room - validation.sum()
+    assert all((cluster == root).sum() > left for root in set(cluster[~validation].tolist()))
 
     order = np.random.default_rng(seed).permutation(len(names))
     moved = names[order]
     again = np.array([int(np.flatnonzero(moved == name)[0]) for name in moved])
     assert np.array_equal(split(again, [keys[i] for i in order], share, seed), validation[order])
+
+
+@pytest.mark.parametrize(("roots", "share", "drawn"), [([0, 0, 0, 3, 3], 0.1, 2), ([0, 1], 0.01, 1), ([0, 1], 0.99, 1)])
+def test_a_split_has_two_sides_wherever_it_can(roots: list[int], share: float, drawn: int) -> None:
+    validation = split(np.array(roots), [f"k{i}" for i in range(len(roots))], share, 0)
+    assert validation.sum() == drawn
+    assert not split(np.zeros(5, np.int64), list("abcde"), 0.9, 0).any()
 
 
 def test_the_seed_decides_who_is_drawn() -> None:

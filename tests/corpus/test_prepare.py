@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from scale_wsl.corpus import gather as gather_module
@@ -24,7 +25,7 @@ from scale_wsl.corpus.prepare import PrepareConfig, Prepared, prepare
 from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.corpus.sources import open_source
 from scale_wsl.errors import UserError
-from scale_wsl.hashtags import normalize_all
+from scale_wsl.hashtags import WordNet, normalize_all
 from scale_wsl.recipe import load_recipe
 from tests.loading.fakes import encode
 
@@ -42,7 +43,8 @@ class ToySource:
     name = "toy"
     licence = "none"
     attribution = "nobody"
-    stop = ("horse",)
+    stop: tuple[str, ...] = ("horse",)
+    compares_images = True
 
     def __init__(self, images: int = 60, version: int = 1) -> None:
         self.images = images
@@ -119,7 +121,7 @@ def test_every_post_is_accounted_for(toy: Prepared) -> None:
     assert report["train"]["images"] + report["val"]["images"] == 132 - 6 - 6
     assert report["dropped_hashtags"] == {"no letter": 1, "empty": 1}
     assert report["vocabulary"]["dropped_hashtags"]["stop list"] == 1
-    assert report["near_identical"]["clusters"] == 61
+    assert report["near_identical"]["clusters"] == 60
     assert report["near_identical"]["largest"] == 2
     assert all(word in toy.summary() for word in ("132 posts", "6 exact copies", "4 labels", toy.train.name))
 
@@ -165,7 +167,7 @@ def test_labels_are_those_of_the_hashtags_and_images_are_untouched(toy: Prepared
             if (copy := source.get(f"copy{key[1:]}")) is not None and key.startswith("a"):
                 hashtags += copy.hashtags  # of an exact copy
             assert facts[key]["hashtags"] == hashtags
-            expected = label_ids(normalize_all(hashtags)[0], dataset.vocabulary)
+            expected = label_ids(normalize_all(hashtags)[0], dataset.vocabulary, WordNet.load())
             assert dataset.labels(i).tolist() == facts[key]["labels"] == expected.tolist()
 
 
@@ -207,8 +209,100 @@ def test_repeating_does_nothing(toy: Prepared, monkeypatch: pytest.MonkeyPatch) 
 
 def test_another_preparation_in_the_same_folder_is_refused(toy: Prepared) -> None:
     out = toy.train.parent
-    with pytest.raises(UserError, match=r"different: fingerprint\.version, settings\.min_count\): choose another"):
+    with pytest.raises(
+        UserError, match=r"different: fingerprint\.version, settings\.min_count\): choose .* --overwrite"
+    ):
         prepare(ToySource(version=2), out, PrepareConfig(**CONFIG.recorded() | {"min_count": 3}))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"), [("licence", "CC0-1.0"), ("attribution", "somebody"), ("stop", ("horse", "cat"))]
+)
+def test_licence_attribution_and_stop_list_are_part_of_the_recipe(
+    toy: Prepared, attribute: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ToySource, attribute, value)
+    with pytest.raises(UserError, match=rf"different: {attribute}\)"):
+        prepare(ToySource(), toy.train.parent, CONFIG)
+
+
+def test_reused_images_that_were_not_compared_are_told(toy: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "the image files were not compared"
+    assert told not in prepare(ToySource(), toy.train.parent, CONFIG).summary()
+    monkeypatch.setattr(ToySource, "compares_images", False)
+    assert told in prepare(ToySource(), toy.train.parent, CONFIG).summary()
+
+
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_preparation_of_another_version_is_named_and_can_be_overwritten(tmp_path: Path, version: int) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "prepared.json").write_text(json.dumps({"format": "scale_wsl preparation", "version": version}))
+    with pytest.raises(UserError, match=f"of version {version}, where this release makes 2.* --overwrite"):
+        prepare(ToySource(), tmp_path / "out", CONFIG)
+    assert prepare(ToySource(), tmp_path / "out", CONFIG, overwrite=True).train.is_dir()
+
+
+def test_the_filters_of_warnings_are_left_as_they_were(tmp_path: Path) -> None:
+    before = list(warnings.filters)
+    prepare(ToySource(), tmp_path / "out", PrepareConfig(**CONFIG.recorded(), workers=4))
+    assert warnings.filters == before
+
+
+def test_a_copy_keeps_the_groups_of_all(tmp_path: Path) -> None:
+    class Grouped(ToySource):
+        def posts(self) -> Iterator[Post]:
+            for i in range(40):
+                images = encode(noise(4 * i)), encode(noise(4 * i + 1))
+                # b is a copy of a, so that its group g2 ties c to a, whose own group is another.
+                for name, image, group in (("a", images[0], "g1"), ("b", images[0], "g2"), ("c", images[1], "g2")):
+                    yield Post(f"{i}-{name}", lambda image=image: image, ("cat",), f"{i}-{group}")  # type: ignore[misc]
+
+    prepared = prepare(Grouped(), tmp_path / "out", CONFIG)
+    sides = [
+        {key.split("-")[0] for key in Dataset.open(path).keys.tolist()}
+        for path in (prepared.train, prepared.validation)
+    ]
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == 40
+
+
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").write_bytes(encode(noise(0)))
+    os.mkfifo(tmp_path / "cat" / "x.png")
+    gathered = gather(open_source(str(tmp_path)), tmp_path / "spool", max_pixels=10**6, max_bytes=10**6, workers=1)
+    assert gathered.dropped == {"unreadable": 1}
+    assert len(gathered.records) == 1
+
+
+@pytest.mark.parametrize("name", ["../escaped", "a-b", "", "9"])
+def test_a_source_of_no_proper_name_is_refused_before_it_is_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ToySource, "name", name)
+    monkeypatch.setattr(ToySource, "posts", None)
+    with pytest.raises(UserError, match="the source of a data set is"):
+        prepare(ToySource(), tmp_path / "out", CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "data")
+    for overwrite in (False, True):
+        prepared = prepare(ToySource(), tmp_path / "out", CONFIG, overwrite=overwrite)
+        assert prepared.train.parent == tmp_path / "disk" / "data"
+        assert not prepared.reused
+    assert (tmp_path / "out").is_symlink()
+    (tmp_path / "ring").symlink_to(tmp_path / "ring")
+    with pytest.raises(UserError, match="links cannot be followed"):
+        prepare(ToySource(), tmp_path / "ring", CONFIG)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc, where nobody can make a file")
+def test_a_place_that_takes_no_file_is_named_at_once() -> None:
+    with pytest.raises(UserError, match="cannot write into /proc"):
+        prepare(ToySource(), "/proc/x", CONFIG)
 
 
 def test_overwriting_replaces_all_of_it(tmp_path: Path) -> None:
@@ -229,7 +323,7 @@ def test_overwriting_replaces_all_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    for content in (None, "{}", "[]", '{"recipe": 1}', '{"format": "scale_wsl preparation", "version": 1}'):
+    for content in (None, "{}", "[]", '{"recipe": 1}', '{"format": "scale_wsl preparation", "version": 2}'):
         if content is not None:
             (tmp_path / "prepared.json").write_text(content)
         with pytest.raises(UserError, match="not made by scale-wsl prepare"):
@@ -392,10 +486,19 @@ def test_kill_9_leaves_nothing_half_made(stage: str, tmp_path: Path) -> None:
     unrelated.mkdir()
 
     prepared = prepare(ToySource(), out, CONFIG)
-    assert not prepared.reused
+    assert prepared.reused is (stage == "replacing")  # then what was to be put in place was whole
+    assert prepared.report["posts"] == 132
     for path in (prepared.train, prepared.validation):
         Dataset.open(path).verify()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", unrelated.name, "out"]
+
+
+def test_what_was_there_comes_back_where_its_replacement_was_not_ready(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(ToySource(), out, CONFIG)
+    out.rename(tmp_path / ".out.old.part")
+    assert prepare(ToySource(), out, CONFIG).reused
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
 
 
 def test_two_at_once_prepare_it_once(tmp_path: Path) -> None:
@@ -405,10 +508,15 @@ def test_two_at_once_prepare_it_once(tmp_path: Path) -> None:
         "print(prepare(ToySource(), Path(sys.argv[1]), CONFIG).reused)"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "out")]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    started = time.monotonic()
+    with FileLock(tmp_path / ".out.lock"):
+        children = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+        ]
+        for child in children:  # each says that it waits
+            assert child.stderr is not None
+            assert child.stderr.readline() == f"another process is preparing {tmp_path / 'out'}: waiting for it\n"
     outputs = sorted(child.communicate(timeout=120)[0].strip() for child in children)
-    assert outputs == ["False", "True"], time.monotonic() - started
+    assert outputs == ["False", "True"]
 
 
 # --- a real corpus --------------------------------------------------------------------------------------------------

@@ -213,6 +213,18 @@ def test_an_index_that_lies_is_refused(folder: Path, column: str, row: int, valu
         Dataset.open(folder)
 
 
+def test_an_index_that_claims_more_rows_is_refused_unread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "000000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(pa.concat_tables([table] * 50), path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["index"]["bytes"] = path.stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(pq.ParquetFile, "read", None)
+    with pytest.raises(UserError, match="another number of rows"):
+        Dataset.open(folder)
+
+
 def test_an_index_of_other_columns_is_refused(folder: Path) -> None:
     path = folder / "000000.parquet"
     manifest = json.loads((folder / "manifest.json").read_text())

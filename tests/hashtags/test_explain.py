@@ -60,8 +60,8 @@ def test_without_a_place_in_other_vocabularies(wordnet: WordNet) -> None:
 
 
 def test_what_is_no_hashtag(wordnet: WordNet) -> None:
-    assert explain("c++", wordnet) == "'c++' is not a hashtag: symbols."
-    assert explain("\x1b[31mbear", wordnet) == r"'\x1b[31mbear' is not a hashtag: control characters."
+    assert explain("c++", wordnet) == "'c++' is not a hashtag: symbols"
+    assert explain("\x1b[31mbear", wordnet) == r"'\x1b[31mbear' is not a hashtag: control characters"
     assert "no noun: neither a lemma nor a form of one" in explain("selfie", wordnet)
 
 

@@ -8,6 +8,8 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 import tarfile
 import warnings
 from collections import defaultdict
@@ -269,16 +271,52 @@ def test_a_cache_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
-def test_a_group_writable_umask_gives_files_that_nltk_accepts(tmp_path: Path) -> None:
-    before = os.umask(0o000)
-    try:
-        opened = WordNet.load(tmp_path)
-    finally:
-        os.umask(before)
-    assert opened.lemmas("n02132136")[0] == "brown_bear"
+@pytest.mark.parametrize("umask", ["002", "000"])
+def test_a_group_writable_umask_gives_a_cache_that_nltk_accepts(tmp_path: Path, umask: str) -> None:
+    cache = tmp_path / "new" / "cache"
+    assert _lemma_in_a_process_of_its_own(cache, umask=umask) == "brown_bear"
+    made = [cache, *cache.rglob("*")]
+    assert len(made) > 10
+    assert not [path for path in made if path.stat().st_mode & 0o022]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
+def test_a_cache_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    opened = WordNet.load(tmp_path)
     (opened.corpus / "data.noun").chmod(0o666)
     with pytest.raises(UserError, match="NLTK will not read"):
         module._open_reader(opened.corpus)
+
+
+def test_another_wordnet_among_nltks_data_is_not_looked_at(tmp_path: Path) -> None:
+    foreign = tmp_path / "nltk_data" / "corpora" / "wordnet"
+    foreign.mkdir(parents=True)
+    (foreign / "index.sense").write_text("no sense key\n")
+    assert _lemma_in_a_process_of_its_own(tmp_path / "cache", NLTK_DATA=str(tmp_path / "nltk_data")) == "brown_bear"
+
+
+LOOK = """
+import os, sys
+from pathlib import Path
+from scale_wsl.hashtags.wordnet import WordNet
+
+os.umask(int(sys.argv[2], 8))
+print(WordNet.load(Path(sys.argv[1])).lemmas("n02132136")[0])
+"""
+
+
+def _lemma_in_a_process_of_its_own(cache: Path, umask: str = "022", **environment: str) -> str:
+    """What a process finds in which NLTK has not opened any corpus yet: it does so once, and remembers it."""
+    inherited = {key: value for key, value in os.environ.items() if key != "NLTK_DATA"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LOOK, str(cache), umask],
+        cwd=ROOT,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: Any) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from scale_wsl.errors import UserError
+
 
 def encode(pixels: np.ndarray | Image.Image, format: str = "PNG", **options: object) -> bytes:
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
@@ -61,6 +63,13 @@ class FailingDataset(FakeDataset):
 
     def read(self, i: int) -> bytes:
         raise OSError(5, "Input/output error")
+
+
+class RefusingDataset(FakeDataset):
+    """A data set that has changed under the run, which the user can mend."""
+
+    def read(self, i: int) -> bytes:
+        raise UserError("000000.tar has become shorter than its index says: restore the data set")
 
 
 class DyingDataset(FakeDataset):

@@ -15,13 +15,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tests.ranks  # noqa: F401 - its preload is what the fork server of this process shall start with
+from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.errors import UserError
 from scale_wsl.loading import Batch, DataConfig, EvalLoader, Order, TrainLoader, normalize
 from scale_wsl.loading.decode import LARGEST_MAX_PIXELS, decode, eval_crop, mean_colour
 from scale_wsl.recipe import describe
-from tests.loading.fakes import DyingDataset, FailingDataset, FakeDataset, StuckDataset, colour_of, zipf_rows
+from tests.loading.fakes import (
+    DyingDataset,
+    FailingDataset,
+    FakeDataset,
+    RefusingDataset,
+    StuckDataset,
+    colour_of,
+    encode,
+    zipf_rows,
+)
 
 ROOT = Path(__file__).parents[2]
 CONFIG = DataConfig(image_size=16, resampling="square-root", threshold=0.3, workers=0)
@@ -33,11 +44,11 @@ def _one_fork_server() -> None:
     forkserver.ensure_running()
 
 
-def order_of(dataset: FakeDataset, config: DataConfig = CONFIG) -> Order:
+def order_of(dataset: FakeDataset | Dataset, config: DataConfig = CONFIG) -> Order:
     return Order.of(dataset, seed=5, resampling=config.resampling, threshold=config.threshold)
 
 
-def take(dataset: FakeDataset, batches: int, config: DataConfig = CONFIG, **split: int) -> list[Batch]:
+def take(dataset: FakeDataset | Dataset, batches: int, config: DataConfig = CONFIG, **split: int) -> list[Batch]:
     with TrainLoader(dataset, order_of(dataset), config, **(ALONE | split)) as loader:
         return list(islice(loader, batches))
 
@@ -83,12 +94,20 @@ def test_batches_are_the_same_bits_for_any_number_of_workers(workers: int) -> No
 
 
 def test_augmentation_is_drawn_anew_for_each_position() -> None:
-    dataset = FakeDataset([[0]], noise=True)
-    crops = torch.cat([batch.images for batch in take(dataset, 5)])
-    assert len(crops.flatten(1).unique(dim=0)) == 20
-    plain = dataclasses.replace(CONFIG, min_scale=1.0, flip=False)
-    crops = torch.cat([batch.images for batch in take(dataset, 5, plain)])
-    assert len(crops.flatten(1).unique(dim=0)) < 20  # the whole image, wherever its aspect ratio lets no draw fit
+    square = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    dataset = FakeDataset([[0]], files={0: encode(square)})
+
+    def crops(config: DataConfig) -> torch.Tensor:
+        return torch.cat([batch.images for batch in take(dataset, 5, config)]).flatten(1).unique(dim=0)
+
+    assert len(crops(CONFIG)) == 20
+    # Of a square, no part with the whole area and another aspect ratio fits: only mirroring is left to draw.
+    whole = dataclasses.replace(CONFIG, min_scale=1.0)
+    expected = torch.from_numpy(np.asarray(Image.fromarray(square).resize((16, 16), Image.Resampling.BILINEAR)).copy())
+    expected = expected.permute(2, 0, 1)
+    assert torch.equal(crops(dataclasses.replace(whole, flip=False)), expected.reshape(1, -1))
+    both = torch.stack([expected, expected.flip(2)]).flatten(1).unique(dim=0)
+    assert torch.equal(crops(whole), both)
 
 
 def test_iterating_leaves_the_global_generators_alone() -> None:
@@ -172,6 +191,32 @@ def test_refuses_an_order_of_other_images_and_an_impossible_split() -> None:
         TrainLoader(dataset, order_of(dataset), CONFIG, **(ALONE | {"rank": 1}))
     with pytest.raises(ValueError, match="no batch of 4 for rank 2 of 2"):
         EvalLoader(dataset, CONFIG, micro_batch=4, rank=2, world_size=2)
+
+
+# --- a prepared data set ---------------------------------------------------------------------------------------------
+
+
+def test_workers_read_a_prepared_data_set_as_the_trainer_does(emoji_corpus: Path) -> None:
+    train, validation = (Dataset.open(find_dataset(emoji_corpus, role)) for role in ("train", "val"))
+    assert len(train.manifest["shards"]) > 1
+    with_workers = dataclasses.replace(CONFIG, workers=2)
+    pairs = list(zip(take(train, 30, micro_batch=16), take(train, 30, with_workers, micro_batch=16), strict=True))
+    assert all(same(alone, together) for alone, together in pairs)
+    records = torch.cat([alone.records for alone, _ in pairs])
+    assert set(train.shard[records].tolist()) == set(range(len(train.manifest["shards"])))
+
+    loaders = [
+        [EvalLoader(validation, config, micro_batch=4, rank=rank, world_size=2) for rank in range(2)]
+        for config in (CONFIG, with_workers)
+    ]
+    alone, together = ([batch for loader in ranks for batch in loader] for ranks in loaders)
+    assert all(same(first, second) for first, second in zip(alone, together, strict=True))
+    records = torch.cat([batch.records for batch in together])
+    assert sorted(records[records >= 0].tolist()) == list(range(len(validation)))
+    assert not any(batch.corrupt for batch in together)
+    for batch in together:
+        for record, ids in zip(batch.records.tolist(), batch.ids.tolist(), strict=True):
+            assert [i for i in ids if i >= 0] == (validation.labels(record).tolist() if record >= 0 else [])
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -266,6 +311,20 @@ def test_the_log_is_not_flooded(caplog: pytest.LogCaptureFixture) -> None:
 def test_an_error_that_is_no_images_fault_is_raised_here(workers: int) -> None:
     with pytest.raises(OSError, match="Input/output error"):
         take(FailingDataset(zipf_rows(9)), 1, dataclasses.replace(CONFIG, workers=workers))
+    assert active_children() == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_users_mistake_found_while_reading_arrives_as_its_one_sentence(workers: int) -> None:
+    config = dataclasses.replace(CONFIG, workers=workers)
+    dataset = RefusingDataset(zipf_rows(9))
+    for batches in (
+        lambda: take(dataset, 1, config),
+        lambda: list(EvalLoader(dataset, config, micro_batch=4, rank=0, world_size=1)),
+    ):
+        with pytest.raises(UserError) as refused:
+            batches()
+        assert str(refused.value) == "000000.tar has become shorter than its index says: restore the data set"
     assert active_children() == []
 
 

@@ -11,7 +11,7 @@ from scale_wsl.training.schedule import Duration, LearningRate, OptimConfig, Sch
 
 
 def test_the_papers_schedule() -> None:
-    """Batch 8,064 peaks at 3.15 (paper.md section 5); twenty halvings split what follows the warm-up evenly."""
+    """Batch 8,064 peaks at 3.15 (0.1 x 8,064 / 256); twenty halvings split what follows the warm-up evenly."""
     rate = LearningRate.of(
         OptimConfig(), ScheduleConfig(halvings=20), batch=8064, warm_up=1_000_000, total=7_000_000_000
     )

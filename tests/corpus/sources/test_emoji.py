@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from scale_wsl.corpus.images import RefusedImage
 from scale_wsl.corpus.posts import Post
-from scale_wsl.corpus.sources import EmojiSource, open_source
+from scale_wsl.corpus.sources import EmojiSource, emoji, open_source
 from scale_wsl.errors import UserError
 
 
@@ -58,6 +59,22 @@ def test_a_part_is_spread_over_the_list() -> None:
     assert len(some) == 50
     assert places == sorted(places)
     assert places[-1] > 1800
+
+
+def test_a_drawing_that_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As pyo3's, which is no Exception."""
+
+    (tmp_path / "broken.svg").write_text("<svg")
+    with pytest.raises(RefusedImage, match="undecodable"):
+        emoji._draw(tmp_path / "broken.svg", 40)
+
+    def panic(**_: object) -> bytes:
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr("resvg_py.svg_to_bytes", panic)
+    with pytest.raises(RefusedImage, match="PanicException: index out of bounds"):
+        emoji._draw(tmp_path / "broken.svg", 40)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,31 @@ def test_an_unreadable_folder_is_an_error_and_no_empty_one(folder: Path, monkeyp
         FolderSource(path=str(folder))
 
 
+def test_a_folder_that_may_be_read_but_not_searched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FolderSource(path=str(folder))
+    real = Path.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "b.webp":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(UserError, match=r"cannot look at .*b\.webp: Permission denied"):
+        source.fingerprint()
+
+
+def test_a_pipe_is_no_sidecar(folder: Path) -> None:
+    os.mkfifo(folder / "top.txt")
+    with pytest.raises(UserError, match=r"top\.txt cannot be read: it is no regular file"):
+        list(FolderSource(path=str(folder)).posts())
+
+
+def test_a_name_that_is_none_of_a_data_set(folder: Path) -> None:
+    with pytest.raises(UserError, match="the source of a data set is"):
+        FolderSource(path=str(folder), name="../mine")
+
+
 def test_a_source_is_found_by_name_or_path(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "posts.CSV").write_text("image,hashtags\n")
     (tmp_path / "posts.txt").write_text("")

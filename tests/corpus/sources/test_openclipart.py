@@ -132,6 +132,45 @@ def test_any_bytes_give_tags_or_a_value_error(noise: bytes, at: int) -> None:
         assert all(subjects(whole[:at] + noise + whole[at + len(noise) :]))
 
 
+def test_an_unknown_encoding_and_endless_text_are_value_errors() -> None:
+    assert subjects(svg("x" * 60_000)) == ("x" * 60_000,)
+    for drawing in (
+        svg("cat").replace(b'version="1.0"', b'version="1.0" encoding="bogus"'),
+        svg("x" * 70_000),
+        svg(*["x" * 100] * 700),
+        svg("&x;" * 700, dtd=f'[<!ENTITY x "{"z" * 100}">]'),
+    ):
+        with pytest.raises(ValueError, match="bogus|encoding|too long"):
+            subjects(drawing)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE])
+def test_headers_that_would_fill_the_memory_are_refused(
+    debs: Path, kind: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:xz", format=tarfile.GNU_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo(f"{FOLDER}/png/{'long' * 50}.png"))  # a long name of the usual kind
+        info = tarfile.TarInfo("bomb")
+        info.type, info.size = kind, 1 << 20
+        archive.addfile(info, io.BytesIO(bytes(1 << 20)))
+    monkeypatch.setattr(openclipart, "_data_member", lambda *_: io.BytesIO(data.getvalue()))
+    with pytest.raises(UserError, match="no Debian package that can be read: a member"):
+        list(openclipart._members(debs / "openclipart-png_1%3a0.18+dfsg-19_all.deb", "png"))
+
+
+def test_another_release_is_not_kept(debs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALE_WSL_CACHE", str(tmp_path / "cache"))
+    apt = tmp_path / "bin" / "apt-get"
+    apt.parent.mkdir()
+    apt.write_text("#!/bin/sh\ntouch openclipart-svg_0.20_all.deb openclipart-png_0.20_all.deb\n")
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{apt.parent}:/usr/bin:/bin")
+    with pytest.raises(UserError, match=r"delivered .*svg_0\.20_all\.deb, where release 0\.18 is needed: download"):
+        list(OpenclipartSource().posts())
+    assert not (tmp_path / "cache" / "openclipart-0.18").exists()
+
+
 def test_damaged_packages_are_named(debs: Path) -> None:
     path = debs / "openclipart-png_1%3a0.18+dfsg-19_all.deb"
     whole = path.read_bytes()
@@ -177,7 +216,9 @@ def test_without_apt_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "cache" / "openclipart-0.18").exists()
 
 
-def test_apt_is_asked_once(debs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apt_is_asked_once(
+    debs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("SCALE_WSL_CACHE", str(tmp_path / "cache"))
     apt = tmp_path / "bin" / "apt-get"
     apt.parent.mkdir()
@@ -185,6 +226,7 @@ def test_apt_is_asked_once(debs: Path, tmp_path: Path, monkeypatch: pytest.Monke
     apt.chmod(0o755)
     monkeypatch.setenv("PATH", f"{apt.parent}:/usr/bin:/bin")
     assert len(list(OpenclipartSource().posts())) == 7
+    assert capsys.readouterr().err.count("with apt-get (156 MB)\n") == 1
     apt.unlink()
     monkeypatch.setenv("PATH", str(apt.parent))
     assert len(list(OpenclipartSource().posts())) == 7

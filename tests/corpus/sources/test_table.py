@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scale_wsl.corpus.posts import Post
-from scale_wsl.corpus.sources import TableSource
+from scale_wsl.corpus.sources import TableSource, table
 from scale_wsl.errors import UserError
 
 ROWS: list[dict[str, Any]] = [
@@ -115,6 +115,10 @@ def test_lists_of_hashtags_and_images_in_the_table(tmp_path: Path) -> None:
     [
         ({"image": 3, "hashtags": "a"}, "column image in row 1"),
         ({"image": None, "hashtags": "a"}, "column image in row 1"),
+        ({"image": {"bytes": None}, "hashtags": "a"}, "column image in row 1"),
+        ({"image": {}, "hashtags": "a"}, "column image in row 1"),
+        ({"image": {"bytes": "a.png"}, "hashtags": "a"}, "column image in row 1"),
+        ({"image": "\ud800.png", "hashtags": "a"}, "column image in row 1"),
         ({"image": "a.png", "hashtags": 3}, "column hashtags in row 1"),
         ({"image": "a.png", "hashtags": [3]}, "column hashtags in row 1"),
         ({"image": "a.png", "hashtags": {"a": "b"}}, "column hashtags in row 1"),
@@ -147,6 +151,31 @@ def test_tables_that_cannot_be_read(name: str, content: bytes, match: str, tmp_p
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=match):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("row", ["a" * 600, "a,b\n" + '"\n",' * 300, '"a' + "\n" * 600 + '",b'])
+def test_a_row_of_csv_that_is_too_long(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_LONGEST_LINE", 500)
+    path = tmp_path / "a.csv"
+    path.write_text("image,hashtags\n" + "a.png,cat\n" * 200)  # the limit is a row's, not the table's
+    assert len(read(path)) == 200
+    path.write_text("image,hashtags\n" + row)
+    with pytest.raises(UserError, match="a row is longer than 500 characters"):
+        read(path)
+
+
+def test_a_table_that_may_not_be_read(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", ROWS)
+    source = TableSource(path=str(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").unlink()
+    with pytest.raises(UserError, match="cannot read the table"):
+        source.fingerprint()
+
+
+def test_a_name_that_is_none_of_a_data_set(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", ROWS)
+    with pytest.raises(UserError, match="the source of a data set is"):
+        TableSource(path=str(tmp_path / "a.csv"), name="../mine")
 
 
 def test_no_table_at_all(tmp_path: Path) -> None:
