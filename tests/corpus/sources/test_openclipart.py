@@ -140,7 +140,7 @@ def test_an_unknown_encoding_and_endless_text_are_value_errors() -> None:
         svg(*["x" * 100] * 700),
         svg("&x;" * 700, dtd=f'[<!ENTITY x "{"z" * 100}">]'),
     ):
-        with pytest.raises(ValueError, match="bogus|encoding|too long"):
+        with pytest.raises(ValueError, match=r"encoding|too long"):
             subjects(drawing)
 
 
