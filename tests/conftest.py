@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from scale_wsl.corpus.prepare import PrepareConfig, prepare
 from scale_wsl.corpus.sources import open_source
+
+# Machines are slow now and then; that is no failure of a test.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
