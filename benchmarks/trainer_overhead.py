@@ -28,14 +28,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from scale_wsl.engines.base import EngineConfig, decay_groups, sgd
 from scale_wsl.engines.build import build_engine
+from scale_wsl.engines.config import EngineConfig
 from scale_wsl.engines.world import joined_world
 from scale_wsl.loading.decode import normalize
 from scale_wsl.loading.loader import DataConfig, TrainLoader
 from scale_wsl.loading.order import Order
 from scale_wsl.models.head import ShardedHead, head_mesh
-from scale_wsl.models.resnext import ModelConfig, build_trunk
+from scale_wsl.models.resnext import ModelConfig, describe_trunk
+from scale_wsl.models.weights import build_trunk, initial_weights
 from scale_wsl.training.loop import Counter, Trainer
 from scale_wsl.training.preemption import Preemption
 from scale_wsl.training.schedule import LearningRate, OptimConfig
@@ -107,15 +108,14 @@ def main() -> None:
 
     with joined_world() as world, tempfile.TemporaryDirectory() as folder, Preemption() as preemption:
         optim = OptimConfig()
-        trunk = build_trunk(model, 0)
+        trunk = describe_trunk(model)
         head = ShardedHead(arguments.labels, trunk.num_features, mesh=head_mesh(0, world.device.type)).to(world.device)
         tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
         trainer_loader, bare_loader = loader(), loader()
-        trunk_optimizer = sgd(trunk, momentum=0.9, nesterov=True, weight_decay=1e-4)
         trainer = Trainer(
-            engine=build_engine(EngineConfig(), trunk, trunk_optimizer, world, None),
+            engine=build_engine(EngineConfig(), trunk, initial_weights(model, 0), optim.settings, world),
             head=head,
-            head_optimizer=sgd(head, momentum=0.9, nesterov=True, weight_decay=1e-4),
+            head_optimizer=optim.settings.of_module(head),
             batches=trainer_loader,
             accumulation=1,
             world=world,
@@ -126,7 +126,9 @@ def main() -> None:
             counter=Counter(),
         )
         bare = nn.Sequential(build_trunk(model, 0), nn.Linear(trunk.num_features, arguments.labels)).to(world.device)
-        optimizer = torch.optim.SGD(decay_groups(bare, 1e-4), lr=0.01, momentum=0.9, nesterov=True)
+        optimizer = optim.settings.of_module(bare)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01
 
         def bare_block() -> None:
             for _ in range(arguments.steps):

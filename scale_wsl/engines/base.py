@@ -7,13 +7,16 @@ The gradient contract, wherever a gradient is computed: the step's gradient is
 The trainer divides each rank's summed loss by L; an engine that averages gradients over ranks gets a feature gradient
 that is `gradient_divisor` times larger, so that the average is that sum. The hashtag head lives outside every engine;
 only its gradient's norm comes in, because gradients are clipped by one norm over trunk and head.
+
+A trunk comes on the meta device, and each engine gives it memory for what its ranks hold and values from a `Source`: no
+rank holds the whole model unless the engine's nature is that every rank does (ddp, ZeRO-0/1/2).
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -21,37 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scale_wsl.recipe import setting
+from scale_wsl.engines.optimizer import OptimizerSettings
+from scale_wsl.engines.world import World
+from scale_wsl.shards import FlatShard, Source
 
-__all__ = [
-    "Engine",
-    "EngineConfig",
-    "StepResult",
-    "clip_coefficient",
-    "decay_groups",
-    "scale_gradient",
-    "scale_gradients",
-    "sgd",
-    "square_norm",
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """Section `engine`: how the trunk is sharded and in which precision it computes."""
-
-    name: str = setting("ddp", "how the trunk is sharded over the ranks", choices=("ddp", "deepspeed"))
-    ds_config: str = setting(
-        "", "DeepSpeed's JSON file, in the working folder or in ds_configs/; --ds_config FILE also sets engine.name"
-    )
-    precision: str = setting(
-        "fp32", "compute type of the trunk; weights, BatchNorm and reductions stay fp32", choices=("fp32", "bf16")
-    )
-    batchnorm: str = setting(
-        "mean",
-        "how the ranks' BatchNorm statistics become one before evaluation and saving: their mean, or pooled variances",
-        choices=("mean", "pooled"),
-    )
+__all__ = ["Engine", "StepResult", "clip_coefficient", "scale_gradient", "scale_gradients", "square_norm"]
 
 
 @dataclass(frozen=True)
@@ -75,26 +52,10 @@ class _ScaleGradient(torch.autograd.Function):
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """`x` itself, whose gradient is `factor` times larger."""
+    if factor == 1:
+        return x
     scaled: Tensor = _ScaleGradient.apply(x, factor)
     return scaled
-
-
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: weight decay for matrices and kernels, none for biases, BatchNorm and GroupNorm.
-
-    No decay on normalisation parameters: Goyal et al. 2017, section 5.1, which the paper's recipe follows.
-    """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def sgd(module: nn.Module, *, momentum: float, nesterov: bool, weight_decay: float) -> torch.optim.SGD:
-    """SGD over `decay_groups`; its learning rate is set before every step."""
-    return torch.optim.SGD(decay_groups(module, weight_decay), lr=0.0, momentum=momentum, nesterov=nesterov)
 
 
 def square_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
@@ -110,25 +71,48 @@ class Engine(abc.ABC):
 
     Attributes:
         trunk: the trunk itself, under plain (torchvision) parameter names.
-        optimizer: the trunk's SGD.
+        optimizer: the trunk's.
         gradient_divisor: what the engine divides the sum of the ranks' trunk gradients by.
+        shapes: of the trunk's trained parameters, whole, by plain name, as they were before the engine sharded them.
     """
 
     trunk: nn.Module
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     gradient_divisor: int
+
+    def __init__(
+        self, trunk: nn.Module, settings: OptimizerSettings, world: World, *, precision: str, channels_last: bool
+    ) -> None:
+        self.trunk = trunk
+        self.settings = settings
+        self.world = world
+        self.device = world.device
+        self.autocast = precision == "bf16"
+        self.channels_last = channels_last
+        self.shapes = {name: parameter.shape for name, parameter in trunk.named_parameters() if parameter.requires_grad}
+
+    # --- training ------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """The context of one micro-batch's forward and backward; gradients are final after the `last` one."""
 
     @abc.abstractmethod
+    def _features(self, images: Tensor, *, training: bool) -> Tensor:
+        """Features `[N, D]` of images on the device; `training`: a backward pass will follow."""
+
     def forward(self, images: Tensor) -> Tensor:
         """Features `[N, D]` of normalised images `[N, 3, H, W]`, in training or evaluation mode."""
+        training = self.trunk.training and torch.is_grad_enabled()
+        if self.channels_last:  # activations stay so throughout; weights never are (DeepSpeed and FSDP2 refuse them)
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            features = self._features(images, training=training)
+        return scale_gradient(features, self.gradient_divisor) if training else features
 
-    @abc.abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` (this rank's summed loss, divided by L) to trunk and head."""
+        loss.backward()  # type: ignore[no-untyped-call]
 
     @abc.abstractmethod
     def step(self, learning_rate: float, head_square_norm: Tensor, max_norm: float) -> StepResult:
@@ -138,35 +122,81 @@ class Engine(abc.ABC):
         joint norm is not finite nothing is updated, on no rank.
         """
 
-    @abc.abstractmethod
-    def trunk_tensors(self) -> dict[str, Tensor]:
-        """Whole parameters and buffers by plain name, fp32 (collective; read only)."""
-
-    @abc.abstractmethod
-    def momentum(self) -> dict[str, Tensor]:
-        """Whole momentum buffers by plain parameter name, zeros before the first step (collective; read only)."""
-
-    @abc.abstractmethod
-    def load_momentum(self, momentum: dict[str, Tensor]) -> None:
-        """Take over whole momentum buffers by plain parameter name (collective)."""
-
     def train(self, mode: bool = True) -> None:
         """Switch the trunk between training and evaluation."""
         self.trunk.train(mode)
 
-    def _step_whole(
-        self, update: Callable[[], Any], learning_rate: float, head_square_norm: Tensor, max_norm: float
+    def _step_if_finite(
+        self,
+        square: Tensor,
+        gradients: Iterable[list[Tensor]],
+        update: Callable[[], Any],
+        learning_rate: float,
+        max_norm: float,
     ) -> StepResult:
-        """`step` for engines in which every rank holds the whole gradient: clip it, then `update`."""
-        gradients = [parameter.grad for parameter in self.trunk.parameters() if parameter.grad is not None]
-        norm = math.sqrt(float(square_norm(gradients, head_square_norm.device) + head_square_norm))
+        """Clip this rank's gradients by a joint norm, given squared and equal on all ranks, and `update`.
+
+        Gradients come in lists of one device each.
+        """
+        norm = math.sqrt(float(square))
         applied = math.isfinite(norm)
         if applied:
-            scale_gradients(gradients, clip_coefficient(norm, max_norm))
+            for one_device in gradients:
+                scale_gradients(one_device, clip_coefficient(norm, max_norm))
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             update()
         return StepResult(norm, applied)
+
+    def _whole_gradients(self) -> list[Tensor]:
+        """Gradients of the trunk's parameters, for engines in which every rank holds them whole."""
+        return [parameter.grad for parameter in self.trunk.parameters() if parameter.grad is not None]
+
+    # --- logical state -------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def weights(self) -> Iterator[tuple[str, FlatShard]]:
+        """This rank's part of every parameter and buffer, by plain name (collective; read only).
+
+        Parameters are the fp32 ones that the optimizer steps. A shard may be valid only until the next one is taken.
+        """
+
+    @abc.abstractmethod
+    def optimizer_state(self, *, write: bool = False) -> Iterator[tuple[str, FlatShard]]:
+        """This rank's part of the optimizer's state, as `<state>.<plain parameter name>`; zeros before the first step.
+
+        Collective. With `write`, what the caller puts into a shard before it takes the next one is loaded.
+        """
+
+    def load_optimizer_state(self, source: Source, prefix: str, updates: int) -> None:
+        """Take over the state of a run that has taken `updates` steps (collective).
+
+        `prefix` goes between the state's name and the parameter's in the source: `momentum.<prefix>conv1.weight`.
+        """
+        for name, shard in self.optimizer_state(write=True):
+            state, _, parameter = name.partition(".")
+            shard.fill(f"{state}.{prefix}{parameter}", source)
+        self._set_updates(updates)
+
+    def _set_updates(self, updates: int) -> None:
+        self.settings.set_updates(self.optimizer, updates)
+
+    def _copied(self, tensor: Tensor) -> FlatShard:
+        """A tensor that every rank holds whole."""
+        return FlatShard.whole(tensor, self.world.size, self.world.rank)
+
+    def _whole_weights(self) -> Iterator[tuple[str, FlatShard]]:
+        """`weights` for engines in which every rank holds the whole trunk."""
+        for name, tensor in (*self.trunk.named_parameters(), *self.trunk.named_buffers()):
+            yield name, self._copied(tensor)
+
+    def _whole_state(self) -> Iterator[tuple[str, FlatShard]]:
+        """`optimizer_state` for engines in which every rank holds all of it."""
+        for name, parameter in self.trunk.named_parameters():
+            if parameter.requires_grad:
+                for key, state in self.settings.states.items():
+                    tensor = self.settings.state_tensor(self.optimizer, parameter, key)
+                    yield f"{state}.{name}", self._copied(tensor)
 
 
 def scale_gradients(gradients: list[Tensor], coefficient: float) -> None:

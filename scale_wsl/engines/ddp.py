@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from scale_wsl.engines.base import Engine, StepResult, scale_gradient
+from scale_wsl.engines.base import Engine, StepResult, square_norm
+from scale_wsl.engines.config import EngineConfig
+from scale_wsl.engines.optimizer import OptimizerSettings
 from scale_wsl.engines.world import World
+from scale_wsl.models.weights import materialise
+from scale_wsl.shards import FlatShard, Source
 
 __all__ = ["DDPEngine"]
 
@@ -25,12 +29,13 @@ _NO_BUFFER_SYNC: dict[str, Any] = {_SYNC_BUFFERS: False}
 class DDPEngine(Engine):
     """DistributedDataParallel around the trunk; on one rank, the trunk itself."""
 
-    def __init__(self, trunk: nn.Module, optimizer: torch.optim.SGD, world: World, precision: str) -> None:
-        self.trunk = trunk
-        self.optimizer = optimizer
+    def __init__(
+        self, trunk: nn.Module, source: Source, settings: OptimizerSettings, world: World, config: EngineConfig
+    ) -> None:
+        super().__init__(trunk, settings, world, precision=config.precision, channels_last=config.channels_last)
         self.gradient_divisor = world.size
-        self.device = world.device
-        self.autocast = precision == "bf16"
+        materialise(trunk, source, world.device)
+        self.optimizer = settings.of_module(trunk)
         # Buffers are BatchNorm statistics: per rank while training, combined by the trainer's stated rule.
         self.wrapped: nn.Module = (
             DistributedDataParallel(
@@ -42,7 +47,6 @@ class DDPEngine(Engine):
             if world.size > 1 and any(parameter.requires_grad for parameter in trunk.parameters())
             else trunk
         )
-
         if isinstance(self.wrapped, DistributedDataParallel):
             self._settle_buckets()
 
@@ -65,38 +69,22 @@ class DDPEngine(Engine):
         with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
             yield
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features `[N, D]`; see `Engine.forward`."""
-        training = self.trunk.training and torch.is_grad_enabled()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            features: Tensor = (self.wrapped if training else self.trunk)(images)
-        return scale_gradient(features, self.gradient_divisor) if training else features
-
-    def backward(self, loss: Tensor) -> None:
-        """See `Engine.backward`."""
-        loss.backward()  # type: ignore[no-untyped-call]
+    def _features(self, images: Tensor, *, training: bool) -> Tensor:
+        features: Tensor = (self.wrapped if training else self.trunk)(images)
+        return features
 
     def step(self, learning_rate: float, head_square_norm: Tensor, max_norm: float) -> StepResult:
         """See `Engine.step`."""
-        result = self._step_whole(self.optimizer.step, learning_rate, head_square_norm, max_norm)
+        gradients = self._whole_gradients()
+        square = square_norm(gradients, self.device) + head_square_norm
+        result = self._step_if_finite(square, [gradients], self.optimizer.step, learning_rate, max_norm)
         self.optimizer.zero_grad()
         return result
 
-    def trunk_tensors(self) -> dict[str, Tensor]:
-        """See `Engine.trunk_tensors`."""
-        return dict(self.trunk.state_dict())
+    def weights(self) -> Iterator[tuple[str, FlatShard]]:
+        """See `Engine.weights`."""
+        return self._whole_weights()
 
-    def momentum(self) -> dict[str, Tensor]:
-        """See `Engine.momentum`."""
-        buffers = {}
-        for name, parameter in self.trunk.named_parameters():
-            if parameter.requires_grad:
-                buffer = self.optimizer.state[parameter].get("momentum_buffer")
-                buffers[name] = torch.zeros_like(parameter) if buffer is None else buffer
-        return buffers
-
-    def load_momentum(self, momentum: dict[str, Tensor]) -> None:
-        """See `Engine.load_momentum`."""
-        for name, parameter in self.trunk.named_parameters():
-            if parameter.requires_grad:
-                self.optimizer.state[parameter]["momentum_buffer"] = momentum[name].to(parameter, copy=True)
+    def optimizer_state(self, *, write: bool = False) -> Iterator[tuple[str, FlatShard]]:
+        """See `Engine.optimizer_state`."""
+        return self._whole_state()

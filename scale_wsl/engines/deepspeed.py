@@ -1,8 +1,9 @@
 """The `deepspeed` engine: the trunk under DeepSpeed ZeRO-0, 1, 2 or 3, the hashtag head outside.
 
 DeepSpeed's private hooks are used where it has no public one: the joint norm (`scaled_global_norm` of ZeRO-1/2 and
-`_get_norm_groups` of ZeRO-3) and the momentum partitions (`_hp_mapping`, `grad_position`). The package therefore pins
-DeepSpeed's minor version, and `tests/engines/` pins what each hook does.
+`_get_norm_groups` of ZeRO-3), construction by shards (`_convert_to_deepspeed_param`), and the partitions of weights and
+optimizer state (`_hp_mapping`, `ds_tensor`, `_get_fp32_opt_state_partition`). The package therefore pins DeepSpeed's
+minor version, and `tests/engines/` pins what each hook does.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scale_wsl.engines.base import Engine, StepResult, scale_gradient
+from scale_wsl.engines.base import Engine, StepResult, square_norm
+from scale_wsl.engines.config import EngineConfig
+from scale_wsl.engines.optimizer import OptimizerSettings
 from scale_wsl.engines.world import World
+from scale_wsl.models.weights import materialise
+from scale_wsl.shards import FlatShard, Source
 
 __all__ = ["DeepSpeedEngine"]
 
@@ -36,7 +41,7 @@ def _import_deepspeed(world: World) -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # torch.optim.SGD under ZeRO is what tests/engines/test_parity.py tests.
+    # torch.optim under ZeRO is what tests/engines/test_parity.py tests.
     deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     if world.device.type == "cpu":
         # Its first collective on CPU would compile a shared-memory operator, 40-65 s with ninja and g++. Gloo serves.
@@ -50,22 +55,62 @@ def _import_deepspeed(world: World) -> Any:
 class DeepSpeedEngine(Engine):
     """The trunk in a DeepSpeed engine, configured by a resolved ds_config (see `ds_config.resolve`)."""
 
-    def __init__(self, trunk: nn.Module, optimizer: torch.optim.SGD, world: World, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        trunk: nn.Module,
+        source: Source,
+        settings: OptimizerSettings,
+        world: World,
+        config: EngineConfig,
+        ds_config: dict[str, Any],
+    ) -> None:
+        # Autocast is DeepSpeed's own torch_autocast: two of them would be one too many.
+        super().__init__(trunk, settings, world, precision="fp32", channels_last=config.channels_last)
         deepspeed = _import_deepspeed(world)
-        self.trunk = trunk
-        self.optimizer = optimizer
         self.gradient_divisor = world.size
-        self.device = world.device
-        self.stage: int = config["zero_optimization"]["stage"]
-        self.names = {parameter: name for name, parameter in trunk.named_parameters() if parameter.requires_grad}
+        self.stage: int = ds_config["zero_optimization"]["stage"]
+        if self.stage == 3:
+            self._partition(deepspeed, source, ds_config)
+        else:
+            materialise(trunk, source, world.device)
+        self.parameters = {name: p for name, p in trunk.named_parameters() if p.requires_grad}
+        self.optimizer = settings.build(
+            settings.groups((parameter, len(self.shapes[name]) > 1) for name, parameter in self.parameters.items())
+        )
         self.engine, self.zero, _, _ = deepspeed.initialize(
-            model=trunk, optimizer=optimizer, config=config, dist_init_required=False
+            model=trunk, optimizer=self.optimizer, config=ds_config, dist_init_required=False
         )
         self._head_square_norm = torch.zeros((), dtype=torch.float64, device=world.device)
         if self.stage in (1, 2):
             self.zero.scaled_global_norm = self._joint_norm(self.zero.scaled_global_norm)
         elif self.stage == 3:
             self.zero._get_norm_groups = self._joint_norm_groups(self.zero._get_norm_groups)
+
+    @torch.no_grad()
+    def _partition(self, deepspeed: Any, source: Source, ds_config: dict[str, Any]) -> None:
+        """ZeRO-3: shard the trunk one parameter at a time, reading only what this rank keeps.
+
+        `zero.Init` as shipped broadcasts every parameter from rank 0, which would have to draw them all. Memory for one
+        whole parameter is asked for and given back untouched but for this rank's range.
+        """
+        init = deepspeed.zero.Init(config_dict_or_path=ds_config)
+        for module_name, module in self.trunk.named_modules():
+            for local, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                name = f"{module_name}.{local}" if module_name else local
+                whole = torch.empty_like(tensor, device=self.device)
+                shard = FlatShard.whole(whole)
+                if isinstance(tensor, nn.Parameter):
+                    parameter = nn.Parameter(whole, tensor.requires_grad)
+                    setattr(module, local, parameter)
+                    init._convert_to_deepspeed_param(parameter)
+                    size = -(-whole.numel() // self.world.size)
+                    start = min(self.world.rank * size, whole.numel())
+                    shard = FlatShard(shard.local[start : start + size], whole.shape, start)
+                    shard.fill(name, source)
+                    parameter.partition()
+                else:
+                    shard.fill(name, source)
+                    setattr(module, local, whole)
 
     # --- the joint norm ------------------------------------------------------------------------------------------
 
@@ -90,11 +135,9 @@ class DeepSpeedEngine(Engine):
         self.engine.set_gradient_accumulation_boundary(last)
         yield
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features `[N, D]`; see `Engine.forward`. Autocast is DeepSpeed's `torch_autocast`."""
+    def _features(self, images: Tensor, *, training: bool) -> Tensor:
         features: Tensor = self.engine(images)
-        training = self.trunk.training and torch.is_grad_enabled()
-        return scale_gradient(features, self.gradient_divisor) if training else features
+        return features
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine.backward`."""
@@ -104,8 +147,10 @@ class DeepSpeedEngine(Engine):
     def step(self, learning_rate: float, head_square_norm: Tensor, max_norm: float) -> StepResult:
         """See `Engine.step`."""
         if self.stage == 0:
-            # The optimizer is plain SGD, and DeepSpeed clips nothing: its config says 0.
-            result = self._step_whole(self.engine.step, learning_rate, head_square_norm, max_norm)
+            # The optimizer is torch's own, and DeepSpeed clips nothing: its config says 0.
+            gradients = self._whole_gradients()
+            square = square_norm(gradients, self.device) + head_square_norm
+            result = self._step_if_finite(square, [gradients], self.engine.step, learning_rate, max_norm)
             self.engine.zero_grad()
             return result
         for group in self.optimizer.param_groups:
@@ -123,81 +168,66 @@ class DeepSpeedEngine(Engine):
 
     # --- logical state -------------------------------------------------------------------------------------------
 
-    def trunk_tensors(self) -> dict[str, Tensor]:
-        """See `Engine.trunk_tensors`. Under ZeRO-3 every rank gathers all parameters, one after another."""
+    def weights(self) -> Iterator[tuple[str, FlatShard]]:
+        """See `Engine.weights`. Under ZeRO-3, what is on a disk is read one parameter at a time."""
         if self.stage < 3:
-            return dict(self.trunk.state_dict())
-        from deepspeed.utils import safe_get_full_fp32_param
+            yield from self._whole_weights()
+            return
+        from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 
-        tensors: dict[str, Tensor] = {}
         for name, parameter in self.trunk.named_parameters():
-            if parameter.requires_grad:
-                tensors[name] = safe_get_full_fp32_param(parameter)
-            else:  # fixed affine parameters of a frozen norm: partitioned, but without an optimizer's master copy
-                tensors[name] = self._gathered(parameter)
-        return tensors | dict(self.trunk.named_buffers())
+            away = parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+            if away:
+                parameter.nvme_swapper.swap_in([parameter], async_op=False)  # type: ignore[attr-defined]
+            yield name, self._partition_of(parameter, parameter.ds_tensor)  # type: ignore[attr-defined]
+            if away:
+                parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])  # type: ignore[attr-defined]
+        for name, buffer in self.trunk.named_buffers():
+            yield name, self._copied(buffer)
 
-    def _gathered(self, parameter: Tensor) -> Tensor:
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
-
-    def momentum(self) -> dict[str, Tensor]:
-        """See `Engine.momentum`."""
-        self._create_momentum()
-        buffers: dict[str, Tensor] = {}
-        for parameter, name in self.names.items():
-            if self.stage == 0:
-                buffers[name] = self.optimizer.state[parameter]["momentum_buffer"]
-            elif self.stage == 3:
-                buffers[name] = self.zero.get_full_hp_param(parameter, "momentum_buffer")
-            else:
-                whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=self.device)
-                for piece, ours in self._partition_of(parameter):
-                    whole[piece] = ours
-                torch.distributed.all_reduce(whole)
-                buffers[name] = whole.view_as(parameter)
-        return buffers
-
-    def load_momentum(self, momentum: dict[str, Tensor]) -> None:
-        """See `Engine.load_momentum`."""
-        self._create_momentum()
-        for parameter, name in self.names.items():
-            whole = momentum[name].to(self.device, torch.float32)
-            if self.stage == 0:
-                self.optimizer.state[parameter]["momentum_buffer"].copy_(whole)
-            elif self.stage == 3:
-                # Shards are padded to a common length: the last ranks' go past the parameter's end.
-                length, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()  # type: ignore[attr-defined]
-                shard = torch.zeros(length, dtype=torch.float32, device=self.device)
-                ours = whole.flatten()[rank * length : (rank + 1) * length]
-                shard[: ours.numel()] = ours
-                self.zero.set_local_hp_param(shard, parameter, "momentum_buffer")
-            else:
-                for piece, buffer in self._partition_of(parameter):
-                    buffer.copy_(whole.flatten()[piece])
-
-    def _create_momentum(self) -> None:
-        """Give each (flat) parameter that the optimizer steps a momentum buffer, zeros where it has none yet."""
+    def optimizer_state(self, *, write: bool = False) -> Iterator[tuple[str, FlatShard]]:
+        """See `Engine.optimizer_state`."""
         if self.stage == 0:
-            stepped = list(self.names)
-        else:
-            stepped = (
-                self.zero.single_partition_of_fp32_groups if self.stage < 3 else self.zero.fp32_partitioned_groups_flat
-            )
-        for flat in stepped:
-            if self.optimizer.state[flat].get("momentum_buffer") is None:
-                self.optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat)
+            yield from self._whole_state()
+            return
+        for name, parameter in self.parameters.items():
+            for key, state in self.settings.states.items():
+                if self.stage == 3:
+                    with self._stepped_by_zero3(parameter, key, write) as buffer:
+                        yield f"{state}.{name}", self._partition_of(parameter, buffer)
+                else:
+                    yield f"{state}.{name}", self._stepped_by_zero2(parameter, self.shapes[name], key)
 
-    def _partition_of(self, parameter: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """ZeRO-1/2: which elements of a parameter this rank steps, and their momentum (none: another rank's)."""
-        fragment = parameter._hp_mapping  # type: ignore[attr-defined]
-        if fragment is not None:
-            flat = self.zero.single_partition_of_fp32_groups[fragment.param_group_index]
-            buffer = self.optimizer.state[flat]["momentum_buffer"]
-            of_parameter, of_flat = fragment.lp_fragment_address, fragment.hp_fragment_address
-            yield (
-                slice(of_parameter.start, of_parameter.start + of_parameter.numel),
-                buffer.narrow(0, of_flat.start, of_flat.numel),
-            )
+    def _partition_of(self, parameter: Any, flat: Tensor) -> FlatShard:
+        """ZeRO-3: partitions are padded to a common length, and the last ranks' go past the parameter's end."""
+        start = min(self.world.rank * flat.numel(), parameter.ds_numel)
+        stop = min(start + flat.numel(), parameter.ds_numel)
+        return FlatShard(flat.detach()[: stop - start], parameter.ds_shape, start)
+
+    @contextmanager
+    def _stepped_by_zero3(self, parameter: Any, key: str, write: bool) -> Iterator[Tensor]:
+        """This rank's partition of a parameter's state, fetched from disk and put back where it lives there."""
+        zero = self.zero
+        group = zero.grad_position[zero.get_param_id(parameter)][0]
+        on_disk = zero._swappable_optimizer_subgroup(group)
+        if on_disk:
+            zero._optimizer_states_and_gradient_swap_in(group)
+        new = self.optimizer.state[zero.fp32_partitioned_groups_flat[group]].get(key) is None
+        self.settings.state_tensor(self.optimizer, zero.fp32_partitioned_groups_flat[group], key)
+        _, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+        flat = self.optimizer.state[zero.fp32_partitioned_groups_flat[group]][key]
+        yield flat.narrow(0, offset, length)
+        if on_disk and (write or new):
+            zero._optimizer_states_and_gradient_swap_out(group)
+        elif on_disk:
+            zero._release_swap_buffers(group)
+
+    def _stepped_by_zero2(self, parameter: Any, shape: torch.Size, key: str) -> FlatShard:
+        """ZeRO-1/2: the elements of a parameter that this rank steps, of which there may be none."""
+        fragment = parameter._hp_mapping
+        if fragment is None:
+            return FlatShard(torch.empty(0, device=self.device), shape)
+        flat = self.zero.single_partition_of_fp32_groups[fragment.param_group_index]
+        buffer = self.settings.state_tensor(self.optimizer, flat, key)
+        of_parameter, of_flat = fragment.lp_fragment_address, fragment.hp_fragment_address
+        return FlatShard(buffer.narrow(0, of_flat.start, of_flat.numel), shape, of_parameter.start)

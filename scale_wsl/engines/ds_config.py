@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scale_wsl.engines.optimizer import OptimizerSettings
 from scale_wsl.errors import UserError
 
 __all__ = ["BatchSizes", "find", "read", "resolve"]
@@ -182,7 +183,8 @@ def resolve(
     origin: str,
     *,
     batch: BatchSizes,
-    optimizer: dict[str, Any],
+    optimizer: OptimizerSettings,
+    learning_rate: float,
     clip: float,
     precision: str,
 ) -> dict[str, Any]:
@@ -194,7 +196,8 @@ def resolve(
         content: the user's file, as `read` returns it.
         origin: its name, for messages.
         batch: from the recipe's `batch` section and the world.
-        optimizer: `lr` (the scaled peak), `momentum`, `nesterov`, `weight_decay` of the recipe.
+        optimizer: of the recipe.
+        learning_rate: the recipe's peak, scaled with the batch.
         clip: `optim.clip` of the recipe; the engine clips jointly with the head, so DeepSpeed is told 0.
         precision: `engine.precision` of the recipe.
 
@@ -219,7 +222,8 @@ def resolve(
     facts = (product, f"batch.micro is {micro}", f"batch.accumulation is {accumulation}", f"optim.clip is {clip}")
     for key, number, fact in zip(_SIZES, (total, micro, accumulation, clip), facts, strict=True):
         file.agrees(key, content.get(key, "auto"), number, fact)
-    _check_optimizer(file, file.block(content, "optimizer"), optimizer)
+    stage = _zero(file, file.block(content, "zero_optimization"))
+    _check_optimizer(file, file.block(content, "optimizer"), optimizer, learning_rate, partitioned=stage["stage"] > 0)
     _check_autocast(file, file.block(content, "torch_autocast"), precision)
 
     resolved = file.tuning("", content, _REPORTING)
@@ -233,7 +237,7 @@ def resolve(
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0; the engine clips once, by the norm over trunk and head
-        "zero_optimization": _zero(file, file.block(content, "zero_optimization")),
+        "zero_optimization": stage,
         **{key: ours for key, (ours, _) in _FIXED.items()},
     }
     if precision == "bf16":
@@ -242,22 +246,55 @@ def resolve(
     return resolved
 
 
-def _check_optimizer(file: _File, block: dict[str, Any], ours: dict[str, Any]) -> None:
+def _check_optimizer(
+    file: _File, block: dict[str, Any], ours: OptimizerSettings, learning_rate: float, *, partitioned: bool
+) -> None:
     """DeepSpeed ignores this block where it is passed an optimizer, so it must say what the recipe says."""
     file.only_keys("optimizer.", block, ("type", "params"))
-    kind = block.get("type", "SGD")
-    if not isinstance(kind, str) or kind.lower() not in ("sgd", "auto"):
-        raise UserError(f"{file.origin} sets optimizer.type to {_shown(kind)}, but the recipe's optimizer is SGD")
+    kind = block.get("type", "auto")
+    name = kind.lower() if isinstance(kind, str) else ""
+    if name in ("lamb", "onebitlamb"):
+        raise UserError(
+            f"{file.origin} sets optimizer.type to {_shown(kind)}, but LAMB scales each layer's step by the norms of "
+            "the whole layer, "
+            + (
+                "and under ZeRO a rank holds pieces of layers: it would be another optimizer on every number of ranks"
+                if partitioned
+                else "which this toolkit offers with no engine"
+            )
+            + "; use SGD, Adam or AdamW"
+        )
     parameters = file.block(block, "params", "optimizer.")
-    file.only_keys("optimizer.params.", parameters, ours)
+    if name == "adam" and parameters.get("adam_w_mode") is not False:
+        name = "adamw"  # as DeepSpeed understands it
+    if name not in (ours.name, "auto"):
+        hint = ' (DeepSpeed means AdamW by "Adam", unless adam_w_mode is false)' if str(kind).lower() == "adam" else ""
+        raise UserError(
+            f"{file.origin} sets optimizer.type to {_shown(kind)}, but optim.name is {ours.name}{hint}: "
+            f'make them agree, or write "auto" in {file.origin}'
+        )
+    ours_by_key: dict[str, tuple[Any, str]] = {
+        "lr": (learning_rate, f"optim.lr x batch / 256 = {learning_rate:.6g}"),
+        "weight_decay": (ours.weight_decay, f"optim.weight_decay is {ours.weight_decay}"),
+    }
+    if ours.name == "sgd":
+        for key in ("momentum", "nesterov"):
+            ours_by_key[key] = (getattr(ours, key), f"optim.{key} is {_shown(getattr(ours, key))}")
+    else:
+        betas = [ours.beta1, ours.beta2]
+        ours_by_key["betas"] = (betas, f"optim.beta1 and optim.beta2 are {betas}")
+        ours_by_key["eps"] = (ours.eps, f"optim.eps is {ours.eps}")
+        ours_by_key["adam_w_mode"] = (ours.name == "adamw", f"optim.name is {ours.name}")
+        # How DeepSpeed builds Adam; the trainer's is torch's own, which computes the same.
+        ours_by_key["torch_adam"] = (True, "the optimizer is torch's own")
+        ours_by_key["bias_correction"] = (True, "torch's Adam always corrects its bias")
+    file.only_keys("optimizer.params.", parameters, ours_by_key)
     for key, theirs in parameters.items():
-        fact = f"optim.{key} is {_shown(ours[key])}"
-        if key == "lr":
-            fact = f"optim.lr x batch / 256 = {ours[key]:.6g}"
-            # The product has more digits than anyone writes.
-            if _is_number(theirs) and abs(theirs) < sys.maxsize and math.isclose(theirs, ours[key], rel_tol=1e-6):
-                continue
-        file.agrees(f"optimizer.params.{key}", theirs, ours[key], fact)
+        value, fact = ours_by_key[key]
+        # The learning rate is a product, with more digits than anyone writes.
+        near = key == "lr" and _is_number(theirs) and abs(theirs) < sys.maxsize
+        if not (near and math.isclose(theirs, value, rel_tol=1e-6)):
+            file.agrees(f"optimizer.params.{key}", theirs, value, fact)
 
 
 def _check_autocast(file: _File, block: dict[str, Any], precision: str) -> None:

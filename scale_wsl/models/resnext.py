@@ -1,13 +1,12 @@
 """ResNeXt trunks: images in, pooled features out, under torchvision's parameter names.
 
-There is no `fc`: the hashtag head lives beside the trunk (`scale_wsl.models.head`). Building a trunk must never draw
-from PyTorch's global generator.
+There is no `fc`: the hashtag head lives beside the trunk (`scale_wsl.models.head`). A trunk is described here, on the
+meta device; `scale_wsl.models.weights` gives it memory and values.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,20 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from scale_wsl.errors import UserError
-from scale_wsl.randomness import derived_seed
+from scale_wsl.models.norms import FrozenBatchNorm2d
+from scale_wsl.models.recompute import Recomputable, Stage, residual_blocks
 from scale_wsl.recipe import setting
 
-__all__ = [
-    "Bottleneck",
-    "FrozenBatchNorm2d",
-    "ModelConfig",
-    "ResNeXt",
-    "build_trunk",
-    "initial_value",
-    "initialise",
-    "multiply_adds",
-    "parameter_count",
-]
+__all__ = ["Bottleneck", "ModelConfig", "ResNeXt", "describe_trunk", "multiply_adds", "parameter_count"]
 
 # Blocks in each of the four stages. 50, 101 and 152 are He et al. 2015, table 1; 26 is the same with two blocks each.
 _BLOCKS = {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -76,24 +66,7 @@ class ModelConfig:
         return f"resnext{self.depth}_{self.groups}x{self.width}d"
 
 
-class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that stays as it was loaded: always in evaluation mode, statistics never updated, nothing trained.
-
-    Parameters and buffers carry BatchNorm's names, so state dicts interchange. Before weights are loaded it does almost
-    nothing: mean 0, variance 1, weight 1, bias 0.
-    """
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__(num_features)
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> FrozenBatchNorm2d:
-        """Stays in evaluation mode, whatever `mode` asks for."""
-        return super().train(False)
-
-
-class Bottleneck(nn.Module):
+class Bottleneck(Recomputable):
     """1x1, grouped 3x3 (which carries the stride), 1x1, each with its norm, beside a shortcut.
 
     The shape of He et al. 2015 with the stride where torchvision has it, and the groups of Xie et al. 2017.
@@ -116,7 +89,7 @@ class Bottleneck(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """`[N, inputs, H, W]` to `[N, outputs, H/stride, W/stride]`."""
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
@@ -132,10 +105,10 @@ class ResNeXt(nn.Module):
         num_features: channels of the features, D (2048).
     """
 
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-    layer4: nn.Sequential
+    layer1: Stage
+    layer2: Stage
+    layer3: Stage
+    layer4: Stage
 
     def __init__(
         self,
@@ -165,14 +138,8 @@ class ResNeXt(nn.Module):
                 inner = groups * (width << stage)
                 blocks.append(Bottleneck(channels, inner, base * _EXPANSION, stride, groups, make_norm))
                 channels = base * _EXPANSION
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            self.add_module(f"layer{stage + 1}", Stage(*blocks))
         self.num_features = channels
-
-    def blocks(self) -> Iterator[tuple[str, Bottleneck]]:
-        """Name and module of every residual block in order: the unit of recomputation and of sharding."""
-        for name, module in self.named_modules():
-            if isinstance(module, Bottleneck):
-                yield name, module
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `[N, 3, H, W]` to the last feature map `[N, D, H/32, W/32]`."""
@@ -186,47 +153,10 @@ class ResNeXt(nn.Module):
         return self.forward_features(x).mean((2, 3))
 
 
-# --- building and initial weights --------------------------------------------------------------------------------
-
-
-def build_trunk(config: ModelConfig, seed: int) -> ResNeXt:
-    """The trunk of a recipe on the CPU in fp32, with its initial weights: a pure function of config and seed."""
-    trunk = _on_meta(config).to_empty(device="cpu")
-    initialise(trunk, seed, zero_init_residual=config.zero_init_residual)
-    return trunk
-
-
-def _on_meta(config: ModelConfig) -> ResNeXt:
-    with torch.device("meta"):  # no memory, and no weights drawn that would be overwritten
+def describe_trunk(config: ModelConfig) -> ResNeXt:
+    """The trunk of a recipe on the meta device: its shapes, without memory and without weights drawn."""
+    with torch.device("meta"):
         return ResNeXt(config.depth, config.groups, config.width, config.norm, config.norm_groups)
-
-
-@torch.no_grad()
-def initialise(trunk: nn.Module, seed: int, *, zero_init_residual: bool = True) -> None:
-    """Give every parameter and buffer of a trunk its initial value, whatever its type and device."""
-    for name, parameter in trunk.named_parameters():
-        # A residual branch that starts at zero behind a frozen norm would stay zero for ever.
-        parameter.copy_(initial_value(name, parameter.shape, seed, zero_init_residual and parameter.requires_grad))
-    for module in trunk.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-
-
-def initial_value(name: str, shape: torch.Size, seed: int, zero_init_residual: bool = True) -> Tensor:
-    """One parameter's initial value (fp32, CPU), a pure function of its plain name, shape and the seed.
-
-    Convolutions are He-normal by fan-out, norms 1 and 0, the last norm's weight of each residual block 0 (paper
-    section 5, after Goyal et al. 2017). Because it depends on nothing else, every engine, world size and device starts
-    from the same numbers, and a rank that holds only some parameters draws only those.
-    """
-    if name.endswith("bias"):
-        return torch.zeros(shape)
-    if len(shape) == 1:
-        last_of_branch = re.fullmatch(r"layer\d\.\d+\.bn3\.weight", name) is not None
-        return torch.zeros(shape) if last_of_branch and zero_init_residual else torch.ones(shape)
-    fan_out = shape[0] * shape[2] * shape[3]  # as torchvision counts it, groups ignored
-    numbers = torch.Generator().manual_seed(derived_seed("init", seed, name))
-    return torch.empty(shape).normal_(0.0, (2.0 / fan_out) ** 0.5, generator=numbers)
 
 
 # --- size --------------------------------------------------------------------------------------------------------
@@ -234,7 +164,7 @@ def initial_value(name: str, shape: torch.Size, seed: int, zero_init_residual: b
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the trunk, norms included; a head of L classes adds (num_features + 1) * L."""
-    return sum(parameter.numel() for parameter in _on_meta(config).parameters())
+    return sum(parameter.numel() for parameter in describe_trunk(config).parameters())
 
 
 def multiply_adds(config: ModelConfig, image_size: int) -> int:
@@ -252,10 +182,11 @@ def multiply_adds(config: ModelConfig, image_size: int) -> int:
         total += layer.weight.numel() * side * side
         return side
 
-    trunk = _on_meta(config)
+    trunk = describe_trunk(config)
     side = convolve(trunk.conv1, image_size)
     side = -(-side // 2)  # the max-pool
-    for _, block in trunk.blocks():
+    for _, block in residual_blocks(trunk):
+        assert isinstance(block, Bottleneck)
         if block.downsample is not None:
             convolve(block.downsample[0], side)
         side = convolve(block.conv3, convolve(block.conv2, convolve(block.conv1, side)))

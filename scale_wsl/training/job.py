@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.engines import ds_config
-from scale_wsl.engines.base import EngineConfig
+from scale_wsl.engines.config import EngineConfig
 from scale_wsl.engines.world import World
 from scale_wsl.errors import UserError
 from scale_wsl.loading.loader import DataConfig
@@ -134,6 +134,7 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
         raise UserError(
             f"head.group_size is {recipe.head.group_size}, but must divide the {world.size} ranks of this run"
         )
+    recipe.engine.check_groups(world.size)
     order = Order.of(train, seed=recipe.run.seed, resampling=recipe.data.resampling, threshold=recipe.data.threshold)
     batch = ds_config.BatchSizes(recipe.batch.micro, recipe.batch.accumulation, world.size)
     length = Duration.parse(recipe.schedule.length, "schedule.length")
@@ -202,12 +203,8 @@ def _deepspeed(recipe: PretrainRecipe, batch: ds_config.BatchSizes, peak: float)
         ds_config.read(path),
         str(path),
         batch=batch,
-        optimizer={
-            "lr": peak,
-            "momentum": optim.momentum,
-            "nesterov": optim.nesterov,
-            "weight_decay": optim.weight_decay,
-        },
+        optimizer=optim.settings,
+        learning_rate=peak,
         clip=optim.clip,
         precision=recipe.engine.precision,
     )

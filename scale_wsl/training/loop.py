@@ -63,7 +63,7 @@ class Trainer:
         *,
         engine: Engine,
         head: ShardedHead,
-        head_optimizer: torch.optim.SGD,
+        head_optimizer: torch.optim.Optimizer,
         batches: Iterator[Batch],
         accumulation: int,
         world: World,

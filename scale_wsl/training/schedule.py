@@ -5,11 +5,13 @@ Everything here is a pure function of the recipe and the global sample counter, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from scale_wsl.engines.optimizer import OptimizerSettings
 from scale_wsl.errors import UserError
 from scale_wsl.recipe import setting
 
@@ -32,13 +34,24 @@ class BatchConfig:
                 raise UserError(f"batch.{name} is {getattr(self, name)}, but must be 1 or more")
 
 
+_OF_SGD, _OF_ADAM = ("momentum", "nesterov"), ("beta1", "beta2", "eps")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Section `optim`: synchronous Nesterov SGD with the linear scaling rule (the paper's recipe)."""
+    """Section `optim`: synchronous SGD with the linear scaling rule (the paper's recipe), or Adam."""
 
+    name: str = setting(
+        "sgd",
+        "sgd (the paper); adam: weight decay added to the gradient; adamw: decoupled from it",
+        choices=("sgd", "adam", "adamw"),
+    )
     lr: float = setting(0.1, "peak learning rate for a global batch of 256; scaled linearly with the batch")
-    momentum: float = setting(0.9, "momentum")
-    nesterov: bool = setting(True, "Nesterov momentum")
+    momentum: float = setting(0.9, "sgd: momentum")
+    nesterov: bool = setting(True, "sgd: Nesterov momentum")
+    beta1: float = setting(0.9, "adam, adamw: decay of the mean of gradients")
+    beta2: float = setting(0.999, "adam, adamw: decay of the mean of their squares")
+    eps: float = setting(1e-8, "adam, adamw: added to the root of that mean")
     weight_decay: float = setting(1e-4, "weight decay of kernels and matrices; none on biases and normalisation")
     warm_up_from: float = setting(0.1, "learning rate at which the linear warm-up starts, never above the peak")
     clip: float = setting(0.0, "largest gradient norm over trunk and head together; 0 clips nothing (the paper)")
@@ -47,13 +60,24 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise UserError(f"optim.lr is {self.lr}, but must be above 0")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"optim.momentum is {self.momentum}, but must be at least 0 and below 1")
+        for name in ("momentum", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name} is {getattr(self, name)}, but must be at least 0 and below 1")
         if self.nesterov and self.momentum == 0:
             raise UserError("optim.nesterov needs optim.momentum above 0; set optim.nesterov=false for plain SGD")
-        for name in ("weight_decay", "clip", "warm_up_from", "max_skipped"):
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _OF_ADAM if self.name == "sgd" else _OF_SGD:
+            if getattr(self, name) != fields[name]:
+                raise UserError(f"optim.{name} is set, but optim.name is {self.name}, which has none: take it out")
+        for name in ("eps", "weight_decay", "clip", "warm_up_from", "max_skipped"):
             if getattr(self, name) < 0:
                 raise UserError(f"optim.{name} is {getattr(self, name)}, but must not be negative")
+
+    @property
+    def settings(self) -> OptimizerSettings:
+        """What the engines build their optimizers from."""
+        names = [field.name for field in dataclasses.fields(OptimizerSettings)]
+        return OptimizerSettings(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)

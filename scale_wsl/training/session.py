@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from scale_wsl.engines.base import sgd
 from scale_wsl.engines.build import build_engine
 from scale_wsl.engines.world import World
 from scale_wsl.loading.loader import TrainLoader
 from scale_wsl.models.head import ShardedHead, head_mesh
-from scale_wsl.models.resnext import build_trunk, multiply_adds, parameter_count
+from scale_wsl.models.resnext import describe_trunk, multiply_adds, parameter_count
+from scale_wsl.models.weights import initial_weights
 from scale_wsl.recipe import recipe_dict, recipe_yaml
+from scale_wsl.shards import Source
 from scale_wsl.training import checkpoint, state
 from scale_wsl.training.environment import environment
 from scale_wsl.training.evaluate import Evaluator
@@ -45,12 +46,8 @@ class Session:
         recipe = job.recipe
         self.job, self.world, self.recipe = job, world, recipe
         self.recipe_text = masked(recipe_yaml(recipe))
-        optim: dict[str, Any] = {
-            "momentum": recipe.optim.momentum,
-            "nesterov": recipe.optim.nesterov,
-            "weight_decay": recipe.optim.weight_decay,
-        }
-        trunk = build_trunk(recipe.model, recipe.run.seed)
+        trunk = describe_trunk(recipe.model)
+        source: Source = initial_weights(recipe.model, recipe.run.seed)
         self.head = ShardedHead(
             len(job.train.vocabulary),
             trunk.num_features,
@@ -60,9 +57,10 @@ class Session:
             chunk_rows=recipe.head.chunk_rows,
         ).to(world.device)
         if job.resume:
-            state.load_weights(job.resume[0], trunk, self.head)
-        self.engine = build_engine(recipe.engine, trunk, sgd(trunk, **optim), world, job.deepspeed)
-        self.head_optimizer = sgd(self.head, **optim)
+            source = state.load_weights(job.resume[0], trunk, self.head)
+        settings = recipe.optim.settings
+        self.engine = build_engine(recipe.engine, trunk, source, settings, world, job.deepspeed)
+        self.head_optimizer = settings.of_module(self.head)
         counter, self.run_id = Counter(), ""
         if job.resume:
             path, meta = job.resume

@@ -8,13 +8,34 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from scale_wsl.engines.base import Engine
 from scale_wsl.models.head import ShardedHead
+from scale_wsl.shards import FlatShard
 from scale_wsl.training import checkpoint
 
 __all__ = ["load_momentum", "load_weights", "save"]
+
+
+def _whole(shard: FlatShard) -> Tensor:
+    whole = torch.zeros(shard.shape.numel(), dtype=shard.local.dtype)
+    if shard.copy == 0:
+        whole[shard.start : shard.stop] = shard.local
+    if dist.get_world_size() > 1:
+        dist.all_reduce(whole)
+    return whole.view(shard.shape)
+
+
+class _Tensors:
+    """Whole tensors, as a source."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+        return self.tensors[name].flatten()[start:stop]
 
 
 def save(
@@ -27,37 +48,26 @@ def save(
     keep: int,
 ) -> Path:
     """Publish a checkpoint of everything (collective); BatchNorm statistics must have been combined over the ranks."""
+    state = {name.removeprefix("momentum."): _whole(shard) for name, shard in engine.optimizer_state()}
     tensors = {
-        "trunk": engine.trunk_tensors(),
+        "trunk": {name: _whole(shard) for name, shard in engine.weights()},
         "head": head.logical_tensors(),
-        "momentum": {"trunk": engine.momentum(), "head": _head_momentum(head, head_optimizer)},
+        "momentum": {"trunk": state, "head": _head_momentum(head, head_optimizer)},
     }
     return checkpoint.save(folder, tensors, meta, keep=keep)
 
 
-def load_weights(path: Path, trunk: nn.Module, head: ShardedHead) -> None:
-    """Fill trunk and head from a checkpoint (collective).
-
-    To be called before an engine wraps the trunk: DeepSpeed makes its own fp32 copies from what it is given.
-    """
-    checkpoint.load_tensors(path, {"trunk": trunk.state_dict(), "head": head.logical_tensors()})
+def load_weights(path: Path, trunk: nn.Module, head: ShardedHead) -> _Tensors:
+    tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in trunk.state_dict().items()}
+    checkpoint.load_tensors(path, {"trunk": tensors, "head": head.logical_tensors()})
+    return _Tensors(tensors)
 
 
 def load_momentum(path: Path, engine: Engine, head: ShardedHead, head_optimizer: torch.optim.Optimizer) -> None:
-    """Fill the momentum of trunk and head from a checkpoint (collective), whose weights have been loaded before.
-
-    Whole shapes are those of the checkpoint's own weights, which `load_weights` has compared with the trunk's; the
-    engine may by now have sharded its parameters.
-    """
-    shapes = checkpoint.shapes(path)
-    trunk = {
-        name: torch.empty(shapes.get(f"trunk.{name}", ()), dtype=torch.float32, device=parameter.device)
-        for name, parameter in engine.trunk.named_parameters()
-        if parameter.requires_grad
-    }
+    trunk = {name: torch.empty(shape) for name, shape in engine.shapes.items()}
     momentum = {"trunk": trunk, "head": _head_momentum(head, head_optimizer)}
     checkpoint.load_tensors(path, {"momentum": momentum})
-    engine.load_momentum(trunk)
+    engine.load_optimizer_state(_Tensors({f"momentum.{name}": tensor for name, tensor in trunk.items()}), "", 0)
 
 
 def _head_momentum(head: ShardedHead, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,13 +12,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from scale_wsl.engines import ds_config
-from scale_wsl.engines.base import EngineConfig, decay_groups, sgd
 from scale_wsl.engines.build import build_engine
+from scale_wsl.engines.config import EngineConfig
 from scale_wsl.engines.world import World
 from scale_wsl.loading.decode import normalize
 from scale_wsl.loading.loader import Batch
 from scale_wsl.models.head import ShardedHead, head_mesh
-from scale_wsl.models.resnext import Bottleneck, initialise
+from scale_wsl.models.recompute import Stage
+from scale_wsl.models.resnext import Bottleneck
+from scale_wsl.models.weights import InitialWeights, materialise
+from scale_wsl.shards import FlatShard, Source
 from scale_wsl.training import checkpoint, state
 from scale_wsl.training.loop import Counter, Trainer
 from scale_wsl.training.preemption import Preemption
@@ -28,9 +30,10 @@ from scale_wsl.training.schedule import LearningRate, OptimConfig
 BATCH = 16  # images in a global batch, where a test does not say otherwise
 LABELS = 11  # uneven over 2 and 4 ranks
 RATE = LearningRate(start=0.001, peak=0.01, warm_up=5 * BATCH, total=20 * BATCH, halvings=3)
-ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
+ENGINES = ("ddp", "fsdp", "hsdp", "fairscale", "zero0", "zero1", "zero2", "zero3")
 SEED = 3
 GROUP_NORM = partial(nn.GroupNorm, 8)
+WEIGHTS = InitialWeights(SEED, zero_residual=False)
 
 
 class Trunk(nn.Module):
@@ -45,7 +48,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(64)
-        self.layer1 = nn.Sequential(
+        self.layer1 = Stage(
             Bottleneck(64, 64, 256, 2, 8, norm),
             Bottleneck(256, 64, 256, 1, 8, norm),
         )
@@ -55,10 +58,16 @@ class Trunk(nn.Module):
         return features
 
 
+def describe(norm: Callable[[int], nn.Module] = GROUP_NORM) -> Trunk:
+    """The trunk on the meta device."""
+    with torch.device("meta"):
+        return Trunk(norm)
+
+
 def make_trunk(norm: Callable[[int], nn.Module] = GROUP_NORM) -> Trunk:
     """The trunk with its initial weights, its residual branches not at zero, so that they count from the first step."""
-    trunk = Trunk(norm)
-    initialise(trunk, SEED, zero_init_residual=False)
+    trunk = describe(norm)
+    materialise(trunk, WEIGHTS, torch.device("cpu"))
     return trunk
 
 
@@ -104,25 +113,30 @@ def make_trainer(
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
     optim = OptimConfig(clip=clip)
     stage = int(name[-1]) if name.startswith("zero") else None
-    config = EngineConfig(name="ddp" if stage is None else "deepspeed", precision=precision)
+    config = EngineConfig(
+        name={"hsdp": "fsdp"}.get(name, name) if stage is None else "deepspeed",
+        precision=precision,
+        shard_group=max(1, world.size // 2) if name == "hsdp" else 0,
+    )
     deepspeed = ds_config.resolve(
         {"zero_optimization": {"stage": stage or 0, "stage3_param_persistence_threshold": 0}},
         "the test",
         batch=ds_config.BatchSizes(batch // accumulation // world.size, accumulation, world.size),
-        optimizer={},
+        optimizer=optim.settings,
+        learning_rate=0.0,
         clip=clip,
         precision=precision,
     )
-    settings: dict[str, Any] = {"momentum": optim.momentum, "nesterov": True, "weight_decay": optim.weight_decay}
-    trunk = make_trunk(norm)
+    trunk = describe(norm)
+    source: Source = WEIGHTS
     head = ShardedHead(LABELS, trunk.num_features, mesh=head_mesh(group_size), seed=SEED)
     counter = Counter()
     if resume:
         meta = checkpoint.read_meta(resume)
         counter = Counter(meta.step, meta.samples)
-        state.load_weights(resume, trunk, head)
-    engine = build_engine(config, trunk, sgd(trunk, **settings), world, deepspeed)
-    head_optimizer = sgd(head, **settings)
+        source = state.load_weights(resume, trunk, head)
+    engine = build_engine(config, trunk, source, optim.settings, world, deepspeed)
+    head_optimizer = optim.settings.of_module(head)
     if resume:
         state.load_momentum(resume, engine, head, head_optimizer)
     return Trainer(
@@ -156,6 +170,24 @@ def save(trainer: Trainer, folder: Path) -> Path:
     return state.save(folder, trainer.engine, trainer.head, trainer.head_optimizer, meta, keep=2)
 
 
+def whole(shard: FlatShard) -> torch.Tensor:
+    """The tensor of which every rank gives its part (collective)."""
+    tensor = torch.zeros(shard.shape.numel(), dtype=shard.local.dtype)
+    if shard.copy == 0:
+        tensor[shard.start : shard.stop] = shard.local
+    dist.all_reduce(tensor)
+    return tensor.view(shard.shape)
+
+
+def whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The trunk's parameters, buffers (rank 0's) and optimizer state, whole, by the checkpoint's names (collective)."""
+    found = {f"trunk.{name}": whole(shard) for name, shard in trainer.engine.weights()}
+    for name, shard in trainer.engine.optimizer_state():
+        state, _, parameter = name.partition(".")
+        found[f"{state}.trunk.{parameter}"] = whole(shard)
+    return found
+
+
 def take_steps(trainer: Trainer, steps: int) -> list[float]:
     """Train and return each step's loss over the global batch."""
     preemption = Preemption()
@@ -176,7 +208,10 @@ def reference_losses(steps: int, clip: float, batch: int = BATCH) -> list[float]
         head.weight.copy_(initial.weight)
         head.bias.copy_(initial.bias)
     both = torch.nn.ModuleList([trunk, head])
-    optimizer = torch.optim.SGD(decay_groups(both, 1e-4), lr=0.0, momentum=0.9, nesterov=True)
+    parameters = list(both.parameters())
+    kernels = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 1e-4}
+    rest = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
+    optimizer = torch.optim.SGD([kernels, rest], lr=0.0, momentum=0.9, nesterov=True)
     losses = []
     for step in range(steps):
         images, ids, _ = global_batch(step, batch)

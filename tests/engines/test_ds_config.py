@@ -11,15 +11,23 @@ from hypothesis import strategies as st
 
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.ds_config import BatchSizes, find, read, resolve
+from scale_wsl.engines.optimizer import OptimizerSettings
 from scale_wsl.errors import UserError
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 BATCH = BatchSizes(micro=8, accumulation=3, world=2)
-OPTIMIZER = {"lr": 0.025, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+SGD = OptimizerSettings(weight_decay=1e-4)
 
 
-def resolved(content: dict[str, Any], *, precision: str = "fp32", clip: float = 0.0) -> dict[str, Any]:
-    return resolve(content, "mine.json", batch=BATCH, optimizer=OPTIMIZER, clip=clip, precision=precision)
+OPTIMIZER = ("lr", "momentum", "nesterov", "weight_decay", "betas", "eps", "adam_w_mode", "torch_adam")
+
+
+def resolved(
+    content: dict[str, Any], *, precision: str = "fp32", clip: float = 0.0, optimizer: OptimizerSettings = SGD
+) -> dict[str, Any]:
+    return resolve(
+        content, "mine.json", batch=BATCH, optimizer=optimizer, learning_rate=0.025, clip=clip, precision=precision
+    )
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -51,7 +59,7 @@ ZERO = "zero_optimization"
         ({"train_micro_batch_size_per_gpu": 4}, ["train_micro_batch_size_per_gpu to 4", "batch.micro is 8"]),
         ({"gradient_accumulation_steps": 2}, ["batch.accumulation is 3"]),
         ({"gradient_clipping": 1.0}, ["optim.clip is 0"]),
-        ({"optimizer": {"type": "Adam"}}, ["optimizer.type", "SGD"]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer.type", "optim.name is sgd", "AdamW"]),
         ({"optimizer": {"type": "SGD", "param": {}}}, ["optimizer.param,", "did you mean optimizer.params?"]),
         (
             {"optimizer": {"type": "SGD", "params": {"lr": 1}}},

@@ -29,8 +29,8 @@ def _poisoned(batches: Iterator[Batch], steps: set[int]) -> Iterator[Batch]:
 
 
 def _state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    tensors = {f"trunk.{name}": tensor for name, tensor in trainer.engine.trunk_tensors().items()}
-    tensors |= {f"momentum.{name}": tensor for name, tensor in trainer.engine.momentum().items()}
+    tensors = {f"trunk.{name}": shard.local for name, shard in trainer.engine.weights()}
+    tensors |= {name: shard.local for name, shard in trainer.engine.optimizer_state()}
     for name, parameter in trainer.head.named_parameters():
         tensors[f"head.{name}"] = parameter
         buffer = trainer.head_optimizer.state[parameter].get("momentum_buffer")

@@ -59,8 +59,8 @@ def _bf16_losses() -> dict[str, tuple[list[float], set[torch.dtype]]]:
     for name in parity.ENGINES:
         trainer = parity.make_trainer(name, accumulation=4, clip=1.0, precision="bf16")
         losses = parity.take_steps(trainer, 5)
-        kept = {tensor.dtype for tensor in trainer.engine.trunk_tensors().values()}
-        found[name] = (losses, kept | {tensor.dtype for tensor in trainer.engine.momentum().values()})
+        shards = (*trainer.engine.weights(), *trainer.engine.optimizer_state())
+        found[name] = (losses, {shard.local.dtype for _, shard in shards})
     return found
 
 

@@ -7,15 +7,10 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from scale_wsl.errors import UserError
-from scale_wsl.models.resnext import (
-    FrozenBatchNorm2d,
-    ModelConfig,
-    ResNeXt,
-    build_trunk,
-    initial_value,
-    multiply_adds,
-    parameter_count,
-)
+from scale_wsl.models.norms import FrozenBatchNorm2d
+from scale_wsl.models.recompute import residual_blocks
+from scale_wsl.models.resnext import ModelConfig, ResNeXt, multiply_adds, parameter_count
+from scale_wsl.models.weights import build_trunk
 from scale_wsl.recipe import load_recipe
 
 _FC = 2049 * 1000  # the paper's counts include a classifier of 1,000 classes
@@ -114,37 +109,6 @@ def test_a_stock_torchvision_network_is_the_same() -> None:
     assert list(ours) == [name for name in theirs if not name.startswith("fc.")]
 
 
-# --- initial weights ---------------------------------------------------------------------------------------------
-
-
-def test_initial_weights_follow_the_paper_and_leave_the_global_generator_alone() -> None:
-    before = torch.get_rng_state()
-    trunk = build_trunk(ModelConfig(depth=26), 3)
-    assert torch.equal(torch.get_rng_state(), before)
-    for name, layer in trunk.named_modules():
-        if isinstance(layer, nn.Conv2d):
-            fan_out = layer.out_channels * layer.kernel_size[0] ** 2
-            assert float(layer.weight.detach().std()) == pytest.approx((2 / fan_out) ** 0.5, rel=0.05), name
-            assert abs(float(layer.weight.detach().mean())) < 0.05 * (2 / fan_out) ** 0.5
-        elif isinstance(layer, nn.BatchNorm2d):
-            assert bool((layer.weight == (0 if name.endswith("bn3") else 1)).all()), name
-            assert bool((layer.bias == 0).all())
-            assert bool((layer.running_mean == 0).all())
-            assert bool((layer.running_var == 1).all())
-    without = build_trunk(ModelConfig(depth=26, zero_init_residual=False), 3)
-    assert all(bool((layer.weight == 1).all()) for layer in without.modules() if isinstance(layer, nn.BatchNorm2d))
-
-
-def test_a_parameter_starts_as_a_function_of_its_name_and_the_seed_alone() -> None:
-    trunk = build_trunk(_SMALL, 5)
-    for name, parameter in trunk.named_parameters():
-        assert torch.equal(parameter, initial_value(name, parameter.shape, 5)), name
-    other = build_trunk(_SMALL, 6)
-    assert not torch.equal(trunk.conv1.weight, other.conv1.weight)
-    first, second = (trunk.get_parameter(f"layer1.{block}.conv3.weight") for block in (0, 1))
-    assert not torch.equal(first, second)
-
-
 # --- norms -------------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +165,7 @@ def test_groupnorm_treats_each_image_alone() -> None:
 
 def test_names_and_blocks() -> None:
     assert ModelConfig(width=48).name == "resnext101_32x48d"
-    names = [name for name, _ in build_trunk(_SMALL, 0).blocks()]
+    names = [name for name, _ in residual_blocks(build_trunk(_SMALL, 0))]
     assert names == [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from scale_wsl.errors import UserError
-from scale_wsl.training import checkpoint, state
+from scale_wsl.training import checkpoint
 from scale_wsl.training.checkpoint import CheckpointConfig
 from tests.engines import parity
 from tests.ranks import run_ranks
@@ -306,24 +306,3 @@ def test_a_checkpoint_with_more_tensors_is_another_networks(
     assert bool(sentence) == bool(says)
     for part in says:
         assert part in sentence
-
-
-def _load_momentum_of(folder: Path, lost: str) -> str:
-    trainer = parity.make_trainer("ddp", accumulation=1, clip=0.5, batch=BATCH)
-    engine, head, optimizer = trainer.engine, trainer.head, trainer.head_optimizer
-    momentum = {name: torch.ones_like(tensor) for name, tensor in engine.momentum().items() if name != lost}
-    head_momentum = {name: torch.ones_like(tensor) for name, tensor in head.logical_tensors().items()}
-    tensors = {"trunk": engine.trunk_tensors(), "momentum": {"trunk": momentum, "head": head_momentum}}
-    path = checkpoint.save(folder, tensors, _meta(1), keep=1)
-    try:
-        state.load_momentum(path, engine, head, optimizer)
-    except UserError as error:
-        return str(error)
-    assert all(bool((tensor == 1).all()) and tensor.dtype == torch.float32 for tensor in engine.momentum().values())
-    return ""
-
-
-def test_momentum_that_is_missing_is_named(tmp_path: Path) -> None:
-    assert run_ranks(_load_momentum_of, 1, tmp_path, "") == [""]
-    (sentence,) = run_ranks(_load_momentum_of, 1, tmp_path, "layer1.0.conv2.weight")
-    assert "has no momentum.trunk.layer1.0.conv2.weight" in sentence

@@ -1,0 +1,162 @@
+"""The `fsdp` engine: torch's FSDP2, one unit for each residual block, rows of every kernel sharded over the ranks.
+
+With `engine.shard_group` it is HSDP: consecutive ranks share one copy of the trunk, and groups of them replicate it.
+Normalisation parameters are 0.05 % of a trunk, so every rank keeps them whole: half the collectives, and they stay fp32
+without a policy of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from scale_wsl.collectives import all_reduce
+from scale_wsl.engines.base import Engine, StepResult, square_norm
+from scale_wsl.engines.config import EngineConfig
+from scale_wsl.engines.optimizer import OptimizerSettings
+from scale_wsl.engines.world import World
+from scale_wsl.models.recompute import residual_blocks
+from scale_wsl.shards import FlatShard, Source
+
+__all__ = ["FSDPEngine"]
+
+
+class FSDPEngine(Engine):
+    """FSDP2 around each residual block and around what is left of the trunk."""
+
+    gradient_divisor = 1  # gradients are added up over the ranks, not averaged
+
+    def __init__(
+        self, trunk: nn.Module, source: Source, settings: OptimizerSettings, world: World, config: EngineConfig
+    ) -> None:
+        super().__init__(trunk, settings, world, precision=config.precision, channels_last=config.channels_last)
+        ranks = config.shard_group or world.size
+        self.replicas = world.size // ranks
+        mesh = _mesh(world, ranks)
+        offloaded = config.offload == "cpu"
+        # A frozen kernel is a rarity that sharding would only complicate.
+        self.kept = {name for name, p in trunk.named_parameters() if p.ndim <= 1 or not p.requires_grad}
+        ignored = {p for name, p in trunk.named_parameters() if name in self.kept}
+        policy = MixedPrecisionPolicy(
+            # Autocast would cast to bf16 what was gathered in fp32: the same numbers, at twice the traffic.
+            param_dtype=torch.bfloat16 if self.autocast else None,
+            reduce_dtype=torch.float32 if self.autocast else None,
+            cast_forward_inputs=False,
+        )
+        offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offloaded else OffloadPolicy()
+        for module in (*(block for _, block in residual_blocks(trunk)), trunk):
+            fully_shard(
+                module,
+                mesh=mesh,
+                reshard_after_forward=config.reshard_after_forward,
+                mp_policy=policy,
+                offload_policy=offload,
+                ignored_params=ignored,
+            )
+        assert isinstance(trunk, FSDPModule)
+        for module in trunk.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
+        self._materialise(source, torch.device("cpu") if offloaded else world.device)
+        self.optimizer = settings.build(
+            settings.groups((parameter, parameter.ndim > 1) for parameter in trunk.parameters())
+        )
+
+    @torch.no_grad()
+    def _materialise(self, source: Source, home: torch.device) -> None:
+        """Memory and values for what this rank holds: shards at `home`, what is kept whole on the device."""
+        trunk = self.trunk
+        trunk.to_empty(device=home)
+        if home != self.device:
+            for module in trunk.modules():
+                for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                    if not isinstance(tensor, DTensor):
+                        moved = torch.empty_like(tensor, device=self.device)
+                        if isinstance(tensor, nn.Parameter):
+                            moved = nn.Parameter(moved, tensor.requires_grad)
+                        setattr(module, name, moved)
+        for name, shard in self.weights():
+            shard.fill(name, source)
+
+    # --- the step ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Every micro-batch's gradients are scattered at once, so none is ever held whole; replicas add up at last."""
+        assert isinstance(self.trunk, FSDPModule)
+        self.trunk.set_requires_all_reduce(last)
+        self.trunk.set_is_last_backward(last)
+        yield
+
+    def _features(self, images: Tensor, *, training: bool) -> Tensor:
+        features: Tensor = self.trunk(images)
+        if not training:
+            # After a forward pass without a backward pass the root would stay gathered, under plain parameters.
+            assert isinstance(self.trunk, FSDPModule)
+            self.trunk.reshard()
+        return features
+
+    def step(self, learning_rate: float, head_square_norm: Tensor, max_norm: float) -> StepResult:
+        """See `Engine.step`."""
+        sharded, kept = self._gradients()
+        if kept:
+            flat = all_reduce(torch.cat([gradient.view(-1) for gradient in kept]))
+            for gradient, total in zip(kept, flat.split([gradient.numel() for gradient in kept]), strict=True):
+                gradient.view(-1).copy_(total)
+        square = square_norm(sharded, sharded[0].device if sharded else self.device).to(self.device)
+        # Over all ranks, replicas too, so that every rank sees the same number.
+        square = all_reduce(square) / self.replicas + square_norm(kept, self.device) + head_square_norm
+        # Two lists: with offloading they are on two devices.
+        result = self._step_if_finite(square, (sharded, kept), self.optimizer.step, learning_rate, max_norm)
+        self.optimizer.zero_grad()
+        return result
+
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Gradients of this rank's shards, and of what every rank keeps whole."""
+        sharded, kept = [], []
+        for parameter in self.trunk.parameters():
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor):
+                sharded.append(gradient.to_local())
+            elif gradient is not None:
+                kept.append(gradient)
+        return sharded, kept
+
+    # --- logical state -------------------------------------------------------------------------------------------
+
+    def weights(self) -> Iterator[tuple[str, FlatShard]]:
+        """See `Engine.weights`."""
+        for name, tensor in (*self.trunk.named_parameters(), *self.trunk.named_buffers()):
+            yield name, self._shard(tensor)
+
+    def optimizer_state(self, *, write: bool = False) -> Iterator[tuple[str, FlatShard]]:
+        """See `Engine.optimizer_state`."""
+        for name, parameter in self.trunk.named_parameters():
+            if parameter.requires_grad:
+                for key, state in self.settings.states.items():
+                    yield f"{state}.{name}", self._shard(self.settings.state_tensor(self.optimizer, parameter, key))
+
+    def _shard(self, tensor: Tensor) -> FlatShard:
+        """Rows `[start, stop)` of a sharded tensor are a range of its elements."""
+        if not isinstance(tensor, DTensor):
+            return self._copied(tensor)
+        local, mesh = tensor.detach().to_local(), tensor.device_mesh
+        ranks, rank = mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)
+        rows = -(-tensor.shape[0] // ranks)  # as torch.chunk cuts
+        start = min(rank * rows, tensor.shape[0]) * tensor.shape[1:].numel()
+        replica = self.world.rank // ranks
+        return FlatShard(local.view(-1), tensor.shape, start, self.replicas, replica)
+
+
+def _mesh(world: World, ranks: int) -> DeviceMesh:
+    """All ranks in a row, or groups of consecutive `ranks` as replicas of each other."""
+    if ranks == world.size:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    return init_device_mesh(world.device.type, (world.size // ranks, ranks), mesh_dim_names=("replica", "shard"))
