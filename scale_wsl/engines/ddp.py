@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -35,6 +36,9 @@ class DDPEngine(Engine):
         super().__init__(trunk, settings, world, precision=config.precision, channels_last=config.channels_last)
         self.gradient_divisor = world.size
         materialise(trunk, source, world.device)
+        if config.channels_last:
+            # Gradients of 1x1 kernels then name their strides otherwise, for the same place in memory.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", category=UserWarning)
         self.optimizer = settings.of_module(trunk)
         # Buffers are BatchNorm statistics: per rank while training, combined by the trainer's stated rule.
         self.wrapped: nn.Module = (

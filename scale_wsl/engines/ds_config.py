@@ -8,15 +8,27 @@ unless its value leaves that feature of DeepSpeed off. Whatever JSON the file ho
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from scale_wsl.engines.ds_zero import aio, zero
+from scale_wsl.engines.json_file import (
+    BOOLEAN,
+    FACTOR,
+    NATURAL,
+    POSITIVE,
+    TEXT,
+    TEXTS,
+    JsonFile,
+    is_number,
+    name_for_message,
+    shown,
+    whole,
+)
 from scale_wsl.engines.optimizer import OptimizerSettings
 from scale_wsl.errors import UserError
 
@@ -26,69 +38,22 @@ _LARGEST_FILE = 1 << 20  # bytes
 _SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
-class _Kind(NamedTuple):
-    """What a tuning value must be, in words and as a test."""
-
-    words: str
-    fits: Callable[[Any], bool]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(least: int) -> _Kind:
-    # 5e8 is how most files write it; NaN and infinity fail the comparisons.
-    return _Kind(
-        f"a whole number of at least {least}",
-        lambda value: _is_number(value) and least <= value <= sys.maxsize and value == int(value),
-    )
-
-
-_BOOLEAN = _Kind("true or false", lambda value: isinstance(value, bool))
-_POSITIVE = _whole(1)
-_NATURAL = _whole(0)
-# DeepSpeed divides by allgather_bucket_size, and asserts that it is a multiple of its alignment of 2.
-_EVEN = _Kind("an even whole number of at least 2", lambda value: _whole(2).fits(value) and value % 2 == 0)
-_FACTOR = _Kind("a number of at least 0", lambda value: _is_number(value) and 0 <= value <= sys.maxsize)
-_TEXT = _Kind("a string", lambda value: isinstance(value, str))
-_TEXTS = _Kind(
-    "a list of strings", lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value)
-)
-
 # Handed on to DeepSpeed as they stand: they change how it works and what it prints, not what is computed.
 _REPORTING = {
-    **dict.fromkeys(("dump_state", "memory_breakdown", "wall_clock_breakdown"), _BOOLEAN),
-    "steps_per_print": _POSITIVE,
+    **dict.fromkeys(("dump_state", "memory_breakdown", "wall_clock_breakdown"), BOOLEAN),
+    "steps_per_print": POSITIVE,
 }
 _REPORTING_BLOCKS = {
-    "comms_logger": {**dict.fromkeys(("debug", "enabled", "prof_all", "verbose"), _BOOLEAN), "prof_ops": _TEXTS},
+    "comms_logger": {**dict.fromkeys(("debug", "enabled", "prof_all", "verbose"), BOOLEAN), "prof_ops": TEXTS},
     "flops_profiler": {
-        **dict.fromkeys(("detailed", "enabled"), _BOOLEAN),
-        "module_depth": _whole(-1),
-        "output_file": _TEXT,
-        "profile_step": _NATURAL,
-        "recompute_fwd_factor": _FACTOR,
-        "top_modules": _POSITIVE,
+        **dict.fromkeys(("detailed", "enabled"), BOOLEAN),
+        "module_depth": whole(-1),
+        "output_file": TEXT,
+        "profile_step": NATURAL,
+        "recompute_fwd_factor": FACTOR,
+        "top_modules": POSITIVE,
     },
 }
-_ZERO_TUNING = {
-    "allgather_bucket_size": _EVEN,
-    "allgather_partitions": _BOOLEAN,
-    "contiguous_gradients": _BOOLEAN,
-    "overlap_comm": _BOOLEAN,
-    "reduce_bucket_size": _POSITIVE,
-    "reduce_scatter": _BOOLEAN,
-    "stage3_gather_16bit_weights_on_model_save": _BOOLEAN,  # of DeepSpeed's own saving, which is never called
-    "stage3_max_live_parameters": _NATURAL,
-    "stage3_max_reuse_distance": _NATURAL,
-    "stage3_model_persistence_threshold": _NATURAL,
-    "stage3_param_persistence_threshold": _NATURAL,
-    "stage3_prefetch_bucket_size": _NATURAL,
-    "sub_group_size": _POSITIVE,
-    "use_multi_rank_bucket_allreduce": _BOOLEAN,
-}
-
 # Key, or how it begins: the one value that may stand there (beside null, {} and "auto"), and why no other may.
 _FIXED = {
     "zero_allow_untested_optimizer": (True, "the recipe's torch.optim.SGD needs it"),
@@ -115,7 +80,7 @@ _SWITCHED = {
 }
 _REFUSED = {
     "scheduler": "the learning rate comes from the recipe's schedule section",
-    "activation_checkpointing": "activation checkpointing is not supported yet",
+    "activation_checkpointing": "what is recomputed comes from the recipe's engine.checkpointing",
 }
 _SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 _FROM_RECIPE = (*_SIZES, "optimizer", "torch_autocast", "zero_optimization")
@@ -161,7 +126,7 @@ def read(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = {}
         for key, value in pairs:
             if key in content:
-                raise UserError(f"{path} gives {_name(key)} twice")
+                raise UserError(f"{path} gives {name_for_message(key)} twice")
             content[key] = value
         return content
 
@@ -174,7 +139,7 @@ def read(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"the ds_config {path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"the ds_config {path} must be a JSON object, not {_shown(content)}")
+        raise UserError(f"the ds_config {path} must be a JSON object, not {shown(content)}")
     return content
 
 
@@ -204,12 +169,12 @@ def resolve(
     Raises:
         UserError: an unknown or refused key, a value of the wrong type, or one that contradicts the recipe.
     """
-    file = _File(origin)
-    taken = (*_FROM_RECIPE, *_REPORTING, *_REPORTING_BLOCKS, *_FIXED)
+    file = JsonFile(origin)
+    taken = (*_FROM_RECIPE, *_REPORTING, *_REPORTING_BLOCKS, *_FIXED, "aio")
     file.only_keys("", content, taken, besides=(*_SWITCHED, *_REFUSED))
     for key, reason in _SWITCHED.items():
         block = file.block(content, key)
-        if file.value(f"{key}.enabled", block.get("enabled"), _BOOLEAN):
+        if file.value(f"{key}.enabled", block.get("enabled"), BOOLEAN):
             raise UserError(f"{origin} sets {key}.enabled to true: {reason}")
     for key, reason in _REFUSED.items():
         if file.block(content, key):
@@ -222,7 +187,7 @@ def resolve(
     facts = (product, f"batch.micro is {micro}", f"batch.accumulation is {accumulation}", f"optim.clip is {clip}")
     for key, number, fact in zip(_SIZES, (total, micro, accumulation, clip), facts, strict=True):
         file.agrees(key, content.get(key, "auto"), number, fact)
-    stage = _zero(file, file.block(content, "zero_optimization"))
+    stage = zero(file, file.block(content, "zero_optimization"))
     _check_optimizer(file, file.block(content, "optimizer"), optimizer, learning_rate, partitioned=stage["stage"] > 0)
     _check_autocast(file, file.block(content, "torch_autocast"), precision)
 
@@ -231,6 +196,8 @@ def resolve(
         if block := file.block(content, key):
             file.only_keys(f"{key}.", block, kinds)
             resolved[key] = file.tuning(f"{key}.", block, kinds)
+    if found := aio(file, content):
+        resolved["aio"] = found
     resolved.setdefault("steps_per_print", 1_000_000_000)  # the trainer prints its own lines
     resolved |= {
         "train_batch_size": total,
@@ -247,7 +214,7 @@ def resolve(
 
 
 def _check_optimizer(
-    file: _File, block: dict[str, Any], ours: OptimizerSettings, learning_rate: float, *, partitioned: bool
+    file: JsonFile, block: dict[str, Any], ours: OptimizerSettings, learning_rate: float, *, partitioned: bool
 ) -> None:
     """DeepSpeed ignores this block where it is passed an optimizer, so it must say what the recipe says."""
     file.only_keys("optimizer.", block, ("type", "params"))
@@ -255,7 +222,7 @@ def _check_optimizer(
     name = kind.lower() if isinstance(kind, str) else ""
     if name in ("lamb", "onebitlamb"):
         raise UserError(
-            f"{file.origin} sets optimizer.type to {_shown(kind)}, but LAMB scales each layer's step by the norms of "
+            f"{file.origin} sets optimizer.type to {shown(kind)}, but LAMB scales each layer's step by the norms of "
             "the whole layer, "
             + (
                 "and under ZeRO a rank holds pieces of layers: it would be another optimizer on every number of ranks"
@@ -270,7 +237,7 @@ def _check_optimizer(
     if name not in (ours.name, "auto"):
         hint = ' (DeepSpeed means AdamW by "Adam", unless adam_w_mode is false)' if str(kind).lower() == "adam" else ""
         raise UserError(
-            f"{file.origin} sets optimizer.type to {_shown(kind)}, but optim.name is {ours.name}{hint}: "
+            f"{file.origin} sets optimizer.type to {shown(kind)}, but optim.name is {ours.name}{hint}: "
             f'make them agree, or write "auto" in {file.origin}'
         )
     ours_by_key: dict[str, tuple[Any, str]] = {
@@ -279,7 +246,7 @@ def _check_optimizer(
     }
     if ours.name == "sgd":
         for key in ("momentum", "nesterov"):
-            ours_by_key[key] = (getattr(ours, key), f"optim.{key} is {_shown(getattr(ours, key))}")
+            ours_by_key[key] = (getattr(ours, key), f"optim.{key} is {shown(getattr(ours, key))}")
     else:
         betas = [ours.beta1, ours.beta2]
         ours_by_key["betas"] = (betas, f"optim.beta1 and optim.beta2 are {betas}")
@@ -292,108 +259,22 @@ def _check_optimizer(
     for key, theirs in parameters.items():
         value, fact = ours_by_key[key]
         # The learning rate is a product, with more digits than anyone writes.
-        near = key == "lr" and _is_number(theirs) and abs(theirs) < sys.maxsize
+        near = key == "lr" and is_number(theirs) and abs(theirs) < sys.maxsize
         if not (near and math.isclose(theirs, value, rel_tol=1e-6)):
             file.agrees(f"optimizer.params.{key}", theirs, value, fact)
 
 
-def _check_autocast(file: _File, block: dict[str, Any], precision: str) -> None:
+def _check_autocast(file: JsonFile, block: dict[str, Any], precision: str) -> None:
     """Autocast follows engine.precision; where it is off, its dtype has no effect."""
     file.only_keys("torch_autocast.", block, ("enabled", "dtype", "lower_precision_safe_modules"))
     fact = f"engine.precision is {precision}"
     file.agrees("torch_autocast.enabled", block.get("enabled", "auto"), precision == "bf16", fact)
-    dtype = file.value("torch_autocast.dtype", block.get("dtype"), _TEXT)
+    dtype = file.value("torch_autocast.dtype", block.get("dtype"), TEXT)
     if precision == "bf16" and dtype not in ("bf16", "torch.bfloat16", None):
         file.agrees("torch_autocast.dtype", dtype, "bfloat16", fact)
     modules = block.get("lower_precision_safe_modules")
     if modules not in (None, "auto", []):
         raise UserError(
-            f"{file.origin} sets torch_autocast.lower_precision_safe_modules to {_shown(modules)}, but it must be [] "
+            f"{file.origin} sets torch_autocast.lower_precision_safe_modules to {shown(modules)}, but it must be [] "
             'or "auto": the gradients of the modules in it would be reduced in bf16, and every engine reduces in fp32'
         )
-
-
-def _zero(file: _File, block: dict[str, Any]) -> dict[str, Any]:
-    """The `zero_optimization` block to hand on: the stage and plain tuning."""
-    stage = block.get("stage", 0)
-    if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
-        raise UserError(
-            f"{file.origin} sets zero_optimization.stage to {_shown(stage)}, but ZeRO has stages 0, 1, 2 and 3"
-        )
-    fixed = {key: _ZERO_FIXED[start] for key in block for start in _ZERO_FIXED if key.startswith(start)}
-    file.only_keys("zero_optimization.", block, ("stage", *_ZERO_TUNING), besides=fixed)
-    for key, (ours, reason) in fixed.items():
-        if key.startswith("offload_") and isinstance(block[key], dict):  # DeepSpeed's default device is none
-            file.fixed(f"zero_optimization.{key}.device", block[key].get("device"), "none", reason)
-        else:
-            file.fixed(f"zero_optimization.{key}", block[key], ours, reason)
-    return {"stage": stage, **file.tuning("zero_optimization.", block, _ZERO_TUNING)}
-
-
-@dataclass(frozen=True)
-class _File:
-    """Checks that name the file in what they raise. `prefix` is "" or the enclosing block's name with its dot."""
-
-    origin: str
-
-    def block(self, content: dict[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
-        """The object at a key; {} where there is none."""
-        value = content.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise UserError(f"{self.origin} sets {prefix}{key} to {_shown(value)}, but it must be a JSON object")
-        return value or {}
-
-    def only_keys(
-        self, prefix: str, content: dict[str, Any], taken: Iterable[str], besides: Iterable[str] = ()
-    ) -> None:
-        """Refuse a key outside both lists; only the first is suggested."""
-        taken = sorted(taken)
-        for key in content:
-            if key not in taken and key not in besides:
-                close = difflib.get_close_matches(key, taken, n=1)
-                hint = f"did you mean {prefix}{close[0]}?" if close else f"it takes {', '.join(taken)}"
-                raise UserError(f"{self.origin} sets {prefix}{_name(key)}, which this engine does not use; {hint}")
-
-    def value(self, key: str, theirs: Any, kind: _Kind) -> Any:
-        """A tuning value, a whole number as an int; None where it is null or "auto"."""
-        if theirs is None or theirs == "auto":
-            return None
-        if not kind.fits(theirs):
-            raise UserError(f"{self.origin} sets {key} to {_shown(theirs)}, but it must be {kind.words}")
-        return int(theirs) if isinstance(theirs, float) and theirs.is_integer() else theirs
-
-    def tuning(self, prefix: str, content: dict[str, Any], kinds: dict[str, _Kind]) -> dict[str, Any]:
-        """The tuning values that a block sets."""
-        values = {key: self.value(prefix + key, content.get(key), kind) for key, kind in kinds.items()}
-        return {key: value for key, value in values.items() if value is not None}
-
-    def fixed(self, key: str, theirs: Any, ours: Any, reason: str) -> None:
-        """Refuse any value but ours, or one that says nothing."""
-        if theirs not in (None, "auto", {}) and not _equal(theirs, ours):
-            raise UserError(f"{self.origin} sets {key} to {_shown(theirs)}, but only {_shown(ours)} works: {reason}")
-
-    def agrees(self, key: str, theirs: Any, ours: Any, fact: str) -> None:
-        """Refuse a value that is neither "auto" nor the recipe's."""
-        if theirs != "auto" and not _equal(theirs, ours):
-            raise UserError(
-                f"{self.origin} sets {key} to {_shown(theirs)}, but {fact}: "
-                f'make them agree, or write "auto" in {self.origin}'
-            )
-
-
-def _equal(theirs: Any, ours: Any) -> bool:
-    """Numbers by value, whatever their size; all else by type too, for 1 is not true."""
-    return bool(theirs == ours) and (type(theirs) is type(ours) or (_is_number(theirs) and _is_number(ours)))
-
-
-def _shown(value: Any) -> str:
-    """A JSON value for a message: short, on one line."""
-    if value and isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _name(key: str) -> str:
-    """A key that may hold anything, for a message."""
-    return _shown(key)[1:].removesuffix('"')

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from scale_wsl.engines.config import EngineConfig
 from scale_wsl.engines.world import World
 from scale_wsl.loading.decode import normalize
 from scale_wsl.loading.loader import Batch
-from scale_wsl.models.head import ShardedHead, head_mesh
+from scale_wsl.models.head import ShardedHead, head_mesh, initial_rows
 from scale_wsl.models.recompute import Stage
 from scale_wsl.models.resnext import Bottleneck
 from scale_wsl.models.weights import InitialWeights, materialise
@@ -108,18 +109,43 @@ def make_trainer(
     batch: int = BATCH,
     norm: Callable[[int], nn.Module] = GROUP_NORM,
     resume: Path | None = None,
+    trunk: nn.Module | None = None,
+    rate: LearningRate = RATE,
+    settings: dict[str, Any] | None = None,
 ) -> Trainer:
-    """A trainer on this rank, its engine named as in `ENGINES`."""
+    """A trainer on this rank.
+
+    Args:
+        name: of the engine: those of the recipe, hsdp for fsdp in two shard groups, zero2 and so on for DeepSpeed.
+        accumulation: micro-batches per step.
+        clip: largest gradient norm.
+        precision: the recipe's.
+        group_size: ranks of a head group.
+        batch: images of a global batch.
+        norm: of the trunk, where none is given.
+        resume: a checkpoint to go on from.
+        trunk: on the meta device, with `num_features`.
+        rate: learning rates.
+        settings: more of `EngineConfig`.
+    """
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
     optim = OptimConfig(clip=clip)
-    stage = int(name[-1]) if name.startswith("zero") else None
+    stage = int(name[4]) if name.startswith("zero") else None
     config = EngineConfig(
         name={"hsdp": "fsdp"}.get(name, name) if stage is None else "deepspeed",
         precision=precision,
         shard_group=max(1, world.size // 2) if name == "hsdp" else 0,
+        **(settings or {}),
     )
+    offload = {"device": "cpu", "pin_memory": False}
     deepspeed = ds_config.resolve(
-        {"zero_optimization": {"stage": stage or 0, "stage3_param_persistence_threshold": 0}},
+        {
+            "zero_optimization": {
+                "stage": stage or 0,
+                "stage3_param_persistence_threshold": 0,
+                **({"offload_optimizer": offload, "offload_param": offload} if name.endswith("offload") else {}),
+            }
+        },
         "the test",
         batch=ds_config.BatchSizes(batch // accumulation // world.size, accumulation, world.size),
         optimizer=optim.settings,
@@ -127,9 +153,11 @@ def make_trainer(
         clip=clip,
         precision=precision,
     )
-    trunk = describe(norm)
+    trunk = trunk or describe(norm)
     source: Source = WEIGHTS
-    head = ShardedHead(LABELS, trunk.num_features, mesh=head_mesh(group_size), seed=SEED)
+    features = trunk.num_features
+    assert isinstance(features, int)
+    head = ShardedHead(LABELS, features, mesh=head_mesh(group_size), seed=SEED)
     counter = Counter()
     if resume:
         meta = checkpoint.read_meta(resume)
@@ -147,7 +175,7 @@ def make_trainer(
         accumulation=accumulation,
         world=world,
         optim=optim,
-        learning_rate=RATE,
+        learning_rate=rate,
         max_corrupt=1.0,
         seed=SEED,
         counter=counter,
@@ -199,31 +227,51 @@ def take_steps(trainer: Trainer, steps: int) -> list[float]:
     return losses.tolist()
 
 
+def constant(rate: float) -> LearningRate:
+    """A learning rate that stays."""
+    return LearningRate(start=rate, peak=rate, warm_up=0, total=10**9, halvings=0)
+
+
+def dense_head(num_features: int) -> nn.Linear:
+    """The head's initial rows as one float64 layer."""
+    head = nn.Linear(num_features, LABELS).double()
+    with torch.no_grad():
+        head.weight.copy_(initial_rows(SEED, range(LABELS), num_features))
+        head.bias.zero_()
+    return head
+
+
+def dense_optimizer(trunk: nn.Module, head: nn.Module) -> torch.optim.SGD:
+    """Plain SGD over both, biases and norms without decay."""
+    trained = [p for p in (*trunk.parameters(), *head.parameters()) if p.requires_grad]
+    kernels = {"params": [p for p in trained if p.ndim > 1], "weight_decay": 1e-4}
+    rest = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
+    return torch.optim.SGD([kernels, rest], lr=0.0, momentum=0.9, nesterov=True)
+
+
+def dense_targets(ids: torch.Tensor) -> torch.Tensor:
+    """The N x V targets."""
+    targets = torch.zeros(len(ids), LABELS, dtype=torch.float64)
+    for row, row_ids in enumerate(ids):
+        known = row_ids[row_ids >= 0]
+        targets[row, known] = 1 / max(len(known), 1)
+    return targets
+
+
 def reference_losses(steps: int, clip: float, batch: int = BATCH) -> list[float]:
     """The same training in float64 in this process: whole batches, a dense head, plain torch.optim.SGD."""
     trunk = make_trunk().double()
-    initial = ShardedHead(LABELS, trunk.num_features, mesh=head_mesh(1), seed=SEED)
-    head = torch.nn.Linear(trunk.num_features, LABELS).double()
-    with torch.no_grad():
-        head.weight.copy_(initial.weight)
-        head.bias.copy_(initial.bias)
-    both = torch.nn.ModuleList([trunk, head])
-    parameters = list(both.parameters())
-    kernels = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 1e-4}
-    rest = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
-    optimizer = torch.optim.SGD([kernels, rest], lr=0.0, momentum=0.9, nesterov=True)
+    head = dense_head(trunk.num_features)
+    optimizer = dense_optimizer(trunk, head)
     losses = []
     for step in range(steps):
         images, ids, _ = global_batch(step, batch)
-        targets = torch.zeros(batch, LABELS, dtype=torch.float64)
-        for row, row_ids in enumerate(ids):
-            known = row_ids[row_ids >= 0]
-            targets[row, known] = 1 / max(len(known), 1)
+        targets = dense_targets(ids)
         logits = head(trunk(normalize(images, torch.float64)))
         loss = -(targets * F.log_softmax(logits, 1)).sum() / (targets.sum(1) > 0).sum()
         loss.backward()
         if clip:
-            torch.nn.utils.clip_grad_norm_(both.parameters(), clip)
+            torch.nn.utils.clip_grad_norm_([*trunk.parameters(), *head.parameters()], clip)
         for group in optimizer.param_groups:
             group["lr"] = RATE.at(step * batch)
         optimizer.step()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scale_wsl.engines import ds_config
+from scale_wsl.engines import ds_config, ds_zero, json_file
 from scale_wsl.engines.ds_config import BatchSizes, find, read, resolve
 from scale_wsl.engines.optimizer import OptimizerSettings
 from scale_wsl.errors import UserError
@@ -100,8 +100,15 @@ ZERO = "zero_optimization"
         ({ZERO: {"stage": "auto"}}, ["stage"]),
         ({ZERO: True}, ["zero_optimization to true", "JSON object"]),
         ({ZERO: {"compute_grad_norm": False}}, ["compute_grad_norm to false", "not finite"]),
-        ({ZERO: {"stage": 3, "offload_param": {"device": "cpu"}}}, ['offload_param.device to "cpu"', "offloading"]),
-        ({ZERO: {"cpu_offload": True}}, ["cpu_offload", "offloading"]),
+        ({ZERO: {"stage": 2, "offload_param": {"device": "cpu"}}}, ['offload_param.device to "cpu"', "stage 3"]),
+        ({ZERO: {"offload_optimizer": {"device": "cpu"}}}, ["ZeRO-0 does not partition", "stage 1 or 2 or 3"]),
+        ({ZERO: {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}, ["only ZeRO-3 offloads"]),
+        ({ZERO: {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["not", "nvme_path", "name a folder"]),
+        ({ZERO: {"stage": 3, "offload_optimizer": {"device": "disk"}}}, ['to "disk"', "none, cpu or nvme"]),
+        ({ZERO: {"stage": 3, "offload_optimizer": {"ratio": 0.5}}}, ["ratio to 0.5", "only 1.0 works"]),
+        ({ZERO: {"stage": 3, "offload_param": {"devise": "cpu"}}}, ["did you mean", "offload_param.device?"]),
+        ({ZERO: {"cpu_offload": True}}, ["cpu_offload", "offload_optimizer"]),
+        ({"aio": {"block": 1}}, ["aio.block", "did you mean aio.block_size?"]),
         ({ZERO: {"mics_shard_size": 2}}, ["mics_shard_size", "groups of ranks"]),
         ({ZERO: {"zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size to 2", "only 1 works"]),
         ({ZERO: {"zero_quantized_weights": True}}, ["zero_quantized_weights", "recipe"]),
@@ -149,6 +156,32 @@ def test_equal_values_are_accepted_and_tuning_is_handed_on() -> None:
     assert "optimizer" not in config
 
 
+ADAM = {"type": "Adam", "params": {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": "auto"}}
+
+
+def test_adam_is_adamw_to_deepspeed_unless_it_is_told_otherwise() -> None:
+    adam, adamw = OptimizerSettings(name="adam"), OptimizerSettings(name="adamw")
+    plain = {**ADAM, "params": {**ADAM["params"], "adam_w_mode": False, "torch_adam": True}}
+    for content, fits, other in (
+        (ADAM, adamw, adam),
+        ({"type": "AdamW"}, adamw, adam),
+        (plain, adam, adamw),
+    ):
+        assert "optimizer" not in resolved({"optimizer": content}, optimizer=fits)
+        with pytest.raises(UserError, match=r"optimizer\.type to \"Adam"):
+            resolved({"optimizer": content}, optimizer=other)
+    with pytest.raises(UserError, match=r"optimizer\.params\.betas to a list, but optim\.beta1 and optim\.beta2 are"):
+        resolved({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}}, optimizer=adamw)
+    with pytest.raises(UserError, match=r"optimizer\.params\.momentum, which this engine does not use"):
+        resolved({"optimizer": {"type": "AdamW", "params": {"momentum": 0.9}}}, optimizer=adamw)
+
+
+@pytest.mark.parametrize(("stage", "reason"), [(0, "no engine"), (1, "pieces of layers"), (3, "pieces of layers")])
+def test_lamb_is_refused_with_the_reason(stage: int, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        resolved({"optimizer": {"type": "Lamb"}, ZERO: {"stage": stage}})
+
+
 def test_what_says_nothing_is_dropped() -> None:
     config = resolved(
         {
@@ -180,8 +213,8 @@ def test_every_tuning_key_is_one_that_deepspeed_takes() -> None:
     zero_config = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
     fields = zero_config.model_fields.items()
     names = {field.alias or name: field.annotation for name, field in fields}
-    for key, kind in ds_config._ZERO_TUNING.items():
-        value: Any = True if kind is ds_config._BOOLEAN else 8
+    for key, kind in ds_zero._ZERO_TUNING.items():
+        value: Any = True if kind is json_file.BOOLEAN else 8
         assert names[key] in ((bool, bool | None) if value is True else (int,)), key
         assert zero_config(stage=3, **{key: value}).model_dump(by_alias=True)[key] == value
 
@@ -191,7 +224,7 @@ WORDS = st.sampled_from(["auto", "none", "cpu", "SGD", "bfloat16", "bf16", ""]) 
 KEYS = st.sampled_from(
     sorted(
         {*ds_config._FROM_RECIPE, *ds_config._REPORTING, *ds_config._REPORTING_BLOCKS, *ds_config._FIXED}
-        | {*ds_config._SWITCHED, *ds_config._REFUSED, *ds_config._ZERO_TUNING, *ds_config._ZERO_FIXED}
+        | {*ds_config._SWITCHED, *ds_config._REFUSED, *ds_zero._ZERO_TUNING, *ds_zero._ZERO_FIXED}
         | {key for kinds in ds_config._REPORTING_BLOCKS.values() for key in kinds}
         | {"stage", "type", "params", "dtype", "lower_precision_safe_modules", "offload_param", "device", *OPTIMIZER}
     )
@@ -209,8 +242,10 @@ def below(keys: Iterable[str], values: st.SearchStrategy[Any] = JSON) -> st.Sear
 
 BLOCKS = {
     "zero_optimization": below(
-        {"stage", "offload_param", *ds_config._ZERO_TUNING, *ds_config._ZERO_FIXED}, below(["device"]) | NUMBERS
+        {"stage", *ds_zero._OFFLOAD, *ds_zero._ZERO_TUNING, *ds_zero._ZERO_FIXED},
+        below(["device", "nvme_path", "ratio", "buffer_count"]) | NUMBERS,
     ),
+    "aio": below(ds_zero._AIO),
     "torch_autocast": below(["enabled", "dtype", "lower_precision_safe_modules"]),
     "optimizer": below(["type", "params"], below(OPTIMIZER)),
     **{key: below(kinds) for key, kinds in ds_config._REPORTING_BLOCKS.items()},
@@ -236,7 +271,7 @@ def test_any_json_object_resolves_or_is_a_users_mistake(content: dict[str, Any],
         return
     assert config["train_batch_size"] == 48
     assert config["zero_optimization"]["stage"] in (0, 1, 2, 3)
-    assert set(config["zero_optimization"]) <= {"stage", *ds_config._ZERO_TUNING}
+    assert set(config["zero_optimization"]) <= {"stage", *ds_zero._ZERO_TUNING, *ds_zero._OFFLOAD}
     assert config["steps_per_print"] >= 1
 
 
