@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from scale_wsl.engines.base import Engine, StepResult, square_norm
 from scale_wsl.engines.config import EngineConfig
+from scale_wsl.engines.ds_zero import uses_disk
 from scale_wsl.engines.optimizer import OptimizerSettings
 from scale_wsl.engines.world import World
+from scale_wsl.errors import UserError
 from scale_wsl.models.weights import materialise
 from scale_wsl.shards import FlatShard, Source
 
@@ -52,6 +54,28 @@ def _import_deepspeed(world: World) -> Any:
     return deepspeed
 
 
+def _require_disk_io() -> None:
+    """Load the operator by which DeepSpeed reads and writes what is offloaded to disk; it is compiled at first use.
+
+    Raises:
+        UserError: the library libaio or a compiler is missing.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    needs = (
+        'offloading to "nvme" needs the library libaio with its headers (Debian, Ubuntu: apt-get install libaio-dev), '
+        "g++ and ninja (pip install 'scale-wsl[build-ops]')"
+    )
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise UserError(f'{needs}: libaio was not found; install it, or offload to "cpu"')
+    try:
+        builder.load(verbose=False)
+    except (OSError, RuntimeError, ImportError) as error:
+        last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise UserError(f"{needs}, but DeepSpeed's operator could not be built: {last}") from None
+
+
 class DeepSpeedEngine(Engine):
     """The trunk in a DeepSpeed engine, configured by a resolved ds_config (see `ds_config.resolve`)."""
 
@@ -67,6 +91,8 @@ class DeepSpeedEngine(Engine):
         # Autocast is DeepSpeed's own torch_autocast: two of them would be one too many.
         super().__init__(trunk, settings, world, precision="fp32", channels_last=config.channels_last)
         deepspeed = _import_deepspeed(world)
+        if uses_disk(ds_config):
+            _require_disk_io()
         self.gradient_divisor = world.size
         self.stage: int = ds_config["zero_optimization"]["stage"]
         if self.stage == 3:

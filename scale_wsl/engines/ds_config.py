@@ -152,6 +152,7 @@ def resolve(
     learning_rate: float,
     clip: float,
     precision: str,
+    scratch: str,
 ) -> dict[str, Any]:
     """The dict that `deepspeed.initialize` gets: "auto" filled from the recipe, contradictions refused.
 
@@ -165,6 +166,7 @@ def resolve(
         learning_rate: the recipe's peak, scaled with the batch.
         clip: `optim.clip` of the recipe; the engine clips jointly with the head, so DeepSpeed is told 0.
         precision: `engine.precision` of the recipe.
+        scratch: folder for what is offloaded to disk, where the file names none.
 
     Raises:
         UserError: an unknown or refused key, a value of the wrong type, or one that contradicts the recipe.
@@ -187,7 +189,7 @@ def resolve(
     facts = (product, f"batch.micro is {micro}", f"batch.accumulation is {accumulation}", f"optim.clip is {clip}")
     for key, number, fact in zip(_SIZES, (total, micro, accumulation, clip), facts, strict=True):
         file.agrees(key, content.get(key, "auto"), number, fact)
-    stage = zero(file, file.block(content, "zero_optimization"))
+    stage = zero(file, file.block(content, "zero_optimization"), scratch)
     _check_optimizer(file, file.block(content, "optimizer"), optimizer, learning_rate, partitioned=stage["stage"] > 0)
     _check_autocast(file, file.block(content, "torch_autocast"), precision)
 

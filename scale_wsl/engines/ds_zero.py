@@ -79,8 +79,8 @@ _AIO = {
 }
 
 
-def zero(file: JsonFile, block: dict[str, Any]) -> dict[str, Any]:
-    """The `zero_optimization` block to hand on: the stage and plain tuning."""
+def zero(file: JsonFile, block: dict[str, Any], scratch: str) -> dict[str, Any]:
+    """The `zero_optimization` block to hand on: stage, tuning, and what is offloaded (to `scratch`, if to disk)."""
     stage = block.get("stage", 0)
     if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
         raise UserError(
@@ -90,7 +90,7 @@ def zero(file: JsonFile, block: dict[str, Any]) -> dict[str, Any]:
     file.only_keys("zero_optimization.", block, ("stage", *_ZERO_TUNING, *_OFFLOAD), besides=fixed)
     for key, (ours, reason) in fixed.items():
         file.fixed(f"zero_optimization.{key}", block[key], ours, reason)
-    offload = {key: _offload(file, block, key, stage) for key in _OFFLOAD}
+    offload = {key: _offload(file, block, key, stage, scratch) for key in _OFFLOAD}
     return {
         "stage": stage,
         **file.tuning("zero_optimization.", block, _ZERO_TUNING),
@@ -98,7 +98,7 @@ def zero(file: JsonFile, block: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _offload(file: JsonFile, zero_block: dict[str, Any], key: str, stage: int) -> dict[str, Any]:
+def _offload(file: JsonFile, zero_block: dict[str, Any], key: str, stage: int, scratch: str) -> dict[str, Any]:
     """One of the two offload blocks; {} where it leaves everything on the device."""
     stages, kinds = _OFFLOAD[key]
     prefix = f"zero_optimization.{key}."
@@ -122,8 +122,8 @@ def _offload(file: JsonFile, zero_block: dict[str, Any], key: str, stage: int) -
             f'{file.origin} sets {prefix}device to "nvme", but only ZeRO-3 offloads to disk: set '
             'zero_optimization.stage to 3, or the device to "cpu"'
         )
-    if device == "nvme" and not found.get("nvme_path"):
-        raise UserError(f'{file.origin} sets {prefix}device to "nvme", but not {prefix}nvme_path: name a folder')
+    if device == "nvme" and not found.setdefault("nvme_path", scratch):
+        raise UserError(f'{file.origin} sets {prefix}nvme_path to "", but it must be a folder on a local disk')
     return found
 
 

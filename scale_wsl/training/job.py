@@ -29,7 +29,10 @@ from scale_wsl.training.evaluate import EvaluateConfig
 from scale_wsl.training.schedule import BatchConfig, Duration, LearningRate, OptimConfig, ScheduleConfig
 from scale_wsl.training.tracking import TrackingConfig
 
-__all__ = ["Job", "PretrainRecipe", "RunConfig", "prepare_job"]
+__all__ = ["OFFLOADED", "Job", "PretrainRecipe", "RunConfig", "prepare_job"]
+
+
+OFFLOADED = "offloaded"  # in the run folder: what DeepSpeed keeps on disk while it trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +210,7 @@ def _deepspeed(recipe: PretrainRecipe, batch: ds_config.BatchSizes, peak: float)
         learning_rate=peak,
         clip=optim.clip,
         precision=recipe.engine.precision,
+        scratch=str(recipe.folder / OFFLOADED),
     )
 
 

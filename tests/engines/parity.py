@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.build import build_engine
@@ -22,7 +23,7 @@ from scale_wsl.models.head import ShardedHead, head_mesh, initial_rows
 from scale_wsl.models.recompute import Stage
 from scale_wsl.models.resnext import Bottleneck
 from scale_wsl.models.weights import InitialWeights, materialise
-from scale_wsl.shards import FlatShard, Source
+from scale_wsl.shards import Source
 from scale_wsl.training import checkpoint, state
 from scale_wsl.training.loop import Counter, Trainer
 from scale_wsl.training.preemption import Preemption
@@ -72,10 +73,18 @@ def make_trunk(norm: Callable[[int], nn.Module] = GROUP_NORM) -> Trunk:
     return trunk
 
 
-def global_batch(step: int, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@cache
+def mesh_of(group_size: int) -> DeviceMesh | None:
+    """One for all trainers of a process: each has threads of its own."""
+    return head_mesh(group_size)
+
+
+def global_batch(
+    step: int, batch: int, *, seed: int = 0, side: int = 32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Images, ids and mass of a step's global batch; one row has no label, as a corrupt image's."""
-    numbers = torch.Generator().manual_seed(step)
-    images = torch.randint(0, 256, (batch, 3, 32, 32), generator=numbers, dtype=torch.uint8)
+    numbers = torch.Generator().manual_seed(step + 1000 * seed)
+    images = torch.randint(0, 256, (batch, 3, side, side), generator=numbers, dtype=torch.uint8)
     ids = torch.full((batch, 3), -1)
     for row in range(batch):
         count = (row + step) % 4
@@ -85,13 +94,13 @@ def global_batch(step: int, batch: int) -> tuple[torch.Tensor, torch.Tensor, tor
     return images, ids, mass
 
 
-def micro_batches(accumulation: int, batch: int, start: int) -> Iterator[Batch]:
-    """This rank's share of every step, dealt as the loader deals it."""
+def micro_batches(accumulation: int, batch: int, start: int, **of_batch: int) -> Iterator[Batch]:
+    """This rank's share of every step, dealt as the loader deals it; the rest is for `global_batch`."""
     rank, world = dist.get_rank(), dist.get_world_size()
     micro = batch // accumulation // world
     step = start
     while True:
-        images, ids, mass = global_batch(step, batch)
+        images, ids, mass = global_batch(step, batch, **of_batch)
         for number in range(accumulation):
             first = (number * world + rank) * micro
             rows = slice(first, first + micro)
@@ -112,6 +121,8 @@ def make_trainer(
     trunk: nn.Module | None = None,
     rate: LearningRate = RATE,
     settings: dict[str, Any] | None = None,
+    of_batch: dict[str, int] | None = None,
+    scratch: Path = Path(),
 ) -> Trainer:
     """A trainer on this rank.
 
@@ -127,6 +138,8 @@ def make_trainer(
         trunk: on the meta device, with `num_features`.
         rate: learning rates.
         settings: more of `EngineConfig`.
+        of_batch: seed and side of the images.
+        scratch: where zero3_disk offloads to.
     """
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
     optim = OptimConfig(clip=clip)
@@ -137,13 +150,13 @@ def make_trainer(
         shard_group=max(1, world.size // 2) if name == "hsdp" else 0,
         **(settings or {}),
     )
-    offload = {"device": "cpu", "pin_memory": False}
+    offload = {"device": "nvme" if name.endswith("disk") else "cpu", "pin_memory": False}
     deepspeed = ds_config.resolve(
         {
             "zero_optimization": {
                 "stage": stage or 0,
                 "stage3_param_persistence_threshold": 0,
-                **({"offload_optimizer": offload, "offload_param": offload} if name.endswith("offload") else {}),
+                **({"offload_optimizer": offload, "offload_param": offload} if "_" in name else {}),
             }
         },
         "the test",
@@ -152,12 +165,13 @@ def make_trainer(
         learning_rate=0.0,
         clip=clip,
         precision=precision,
+        scratch=str(scratch),
     )
     trunk = trunk or describe(norm)
     source: Source = WEIGHTS
     features = trunk.num_features
     assert isinstance(features, int)
-    head = ShardedHead(LABELS, features, mesh=head_mesh(group_size), seed=SEED)
+    head = ShardedHead(LABELS, features, mesh=mesh_of(group_size), seed=SEED)
     counter = Counter()
     if resume:
         meta = checkpoint.read_meta(resume)
@@ -171,7 +185,7 @@ def make_trainer(
         engine=engine,
         head=head,
         head_optimizer=head_optimizer,
-        batches=micro_batches(accumulation, batch, counter.step),
+        batches=micro_batches(accumulation, batch, counter.step, **(of_batch or {})),
         accumulation=accumulation,
         world=world,
         optim=optim,
@@ -198,22 +212,25 @@ def save(trainer: Trainer, folder: Path) -> Path:
     return state.save(folder, trainer.engine, trainer.head, trainer.head_optimizer, meta, keep=2)
 
 
-def whole(shard: FlatShard) -> torch.Tensor:
-    """The tensor of which every rank gives its part (collective)."""
-    tensor = torch.zeros(shard.shape.numel(), dtype=shard.local.dtype)
-    if shard.copy == 0:
-        tensor[shard.start : shard.stop] = shard.local
-    dist.all_reduce(tensor)
-    return tensor.view(shard.shape)
-
-
 def whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The trunk's parameters, buffers (rank 0's) and optimizer state, whole, by the checkpoint's names (collective)."""
-    found = {f"trunk.{name}": whole(shard) for name, shard in trainer.engine.weights()}
-    for name, shard in trainer.engine.optimizer_state():
+    engine = trainer.engine
+    named = [(f"trunk.{name}", shard) for name, shard in engine.weights()]
+    for name, shard in engine.optimizer_state():
         state, _, parameter = name.partition(".")
-        found[f"{state}.trunk.{parameter}"] = whole(shard)
-    return found
+        named.append((f"{state}.trunk.{parameter}", shard))
+    parts = []
+    for _, shard in named:
+        part = torch.zeros(shard.shape.numel(), dtype=torch.float64)  # exact for every type there is
+        if shard.copy == 0:
+            part[shard.start : shard.stop] = shard.local
+        parts.append(part)
+    everything = torch.cat(parts)
+    dist.all_reduce(everything)
+    pieces = everything.split([len(part) for part in parts])
+    return {
+        name: piece.view(shard.shape).to(shard.local.dtype) for (name, shard), piece in zip(named, pieces, strict=True)
+    }
 
 
 def take_steps(trainer: Trainer, steps: int) -> list[float]:

@@ -26,7 +26,14 @@ def resolved(
     content: dict[str, Any], *, precision: str = "fp32", clip: float = 0.0, optimizer: OptimizerSettings = SGD
 ) -> dict[str, Any]:
     return resolve(
-        content, "mine.json", batch=BATCH, optimizer=optimizer, learning_rate=0.025, clip=clip, precision=precision
+        content,
+        "mine.json",
+        batch=BATCH,
+        optimizer=optimizer,
+        learning_rate=0.025,
+        clip=clip,
+        precision=precision,
+        scratch="here",
     )
 
 
@@ -103,7 +110,10 @@ ZERO = "zero_optimization"
         ({ZERO: {"stage": 2, "offload_param": {"device": "cpu"}}}, ['offload_param.device to "cpu"', "stage 3"]),
         ({ZERO: {"offload_optimizer": {"device": "cpu"}}}, ["ZeRO-0 does not partition", "stage 1 or 2 or 3"]),
         ({ZERO: {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}, ["only ZeRO-3 offloads"]),
-        ({ZERO: {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["not", "nvme_path", "name a folder"]),
+        (
+            {ZERO: {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": ""}}},
+            ['nvme_path to ""', "local disk"],
+        ),
         ({ZERO: {"stage": 3, "offload_optimizer": {"device": "disk"}}}, ['to "disk"', "none, cpu or nvme"]),
         ({ZERO: {"stage": 3, "offload_optimizer": {"ratio": 0.5}}}, ["ratio to 0.5", "only 1.0 works"]),
         ({ZERO: {"stage": 3, "offload_param": {"devise": "cpu"}}}, ["did you mean", "offload_param.device?"]),
@@ -154,6 +164,19 @@ def test_equal_values_are_accepted_and_tuning_is_handed_on() -> None:
     assert config["steps_per_print"] == 10
     assert config["flops_profiler"] == {"enabled": True, "module_depth": -1}
     assert "optimizer" not in config
+
+
+def test_what_goes_to_disk_goes_to_the_run_folder_unless_the_file_says_where() -> None:
+    block = {
+        "stage": 3,
+        "offload_optimizer": {"device": "nvme", "nvme_path": "auto"},
+        "offload_param": {"device": "cpu"},
+    }
+    found = resolved({ZERO: block})[ZERO]
+    assert found["offload_optimizer"] == {"device": "nvme", "nvme_path": "here"}
+    assert found["offload_param"] == {"device": "cpu"}
+    block["offload_optimizer"] = {"device": "nvme", "nvme_path": "/local_nvme", "buffer_count": 6}
+    assert resolved({ZERO: block})[ZERO]["offload_optimizer"]["nvme_path"] == "/local_nvme"
 
 
 ADAM = {"type": "Adam", "params": {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": "auto"}}
