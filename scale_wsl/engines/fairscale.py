@@ -1,4 +1,4 @@
-"""The `fairscale` engine: fairscale's FullyShardedDataParallel around each residual block. A legacy engine.
+"""The `fairscale` engine: fairscale's FullyShardedDataParallel around each block, or recomputed stage. Legacy.
 
 For those who compare with, or go on from, runs of its time; `fsdp` does the same, faster, and is maintained.
 """
@@ -20,7 +20,7 @@ from scale_wsl.engines.config import EngineConfig
 from scale_wsl.engines.optimizer import OptimizerSettings
 from scale_wsl.engines.world import World
 from scale_wsl.errors import UserError
-from scale_wsl.models.recompute import residual_blocks
+from scale_wsl.models.recompute import residual_blocks, stages
 from scale_wsl.models.weights import materialise
 from scale_wsl.shards import FlatShard, Source
 
@@ -55,7 +55,7 @@ def require_fairscale() -> Any:
 
 
 class FairscaleEngine(Engine):
-    """fairscale's FSDP around each residual block and around what is left of the trunk."""
+    """fairscale's FSDP around each residual block (recomputed stage) and around what is left of the trunk."""
 
     def __init__(
         self, trunk: nn.Module, source: Source, settings: OptimizerSettings, world: World, config: EngineConfig
@@ -73,11 +73,12 @@ class FairscaleEngine(Engine):
             "compute_device": world.device,
             "bucket_cap_mb": 0 if world.device.type == "cpu" else 25,  # its buckets need CUDA events
         }
-        # One block at a time, so that no rank ever holds more than one whole.
-        for name, block in residual_blocks(trunk):
-            materialise(block, source, world.device, f"{name}.")
+        # Its wrapper cannot run again in a backward pass, so it goes around what is recomputed, not into it. One unit
+        # at a time, so that no rank ever holds more than one whole.
+        for name, unit in list(stages(trunk) if config.recomputation.stages else residual_blocks(trunk)):
+            materialise(unit, source, world.device, f"{name}.")
             parent, _, local = name.rpartition(".")
-            setattr(trunk.get_submodule(parent), local, sharded(block, **keywords))
+            setattr(trunk.get_submodule(parent), local, sharded(unit, **keywords))
         _materialise_rest(trunk, source, world.device)
         self.wrapped = sharded(trunk, **keywords)
         self.parameters = {plain_name(name): parameter for name, parameter in trunk.named_parameters()}

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scale_wsl.errors import UserError
 
-__all__ = ["Recomputable", "Recomputation", "Stage", "recompute", "residual_blocks", "statistics_kept"]
+__all__ = ["Recomputable", "Recomputation", "Stage", "recompute", "residual_blocks", "stages", "statistics_kept"]
 
 
 @contextmanager
@@ -110,10 +110,16 @@ def residual_blocks(trunk: nn.Module) -> Iterator[tuple[str, Recomputable]]:
             yield name, module
 
 
+def stages(trunk: nn.Module) -> Iterator[tuple[str, Stage]]:
+    """Name and module of every stage in order."""
+    for name, module in trunk.named_modules():
+        if isinstance(module, Stage):
+            yield name, module
+
+
 def recompute(trunk: nn.Module, parts: Recomputation) -> None:
     """Mark the parts of a trunk that are recomputed: of every `parts.every` blocks the first, or whole stages."""
     for number, (_, block) in enumerate(residual_blocks(trunk)):
         block.recomputed = parts.every > 0 and number % parts.every == 0
-    for module in trunk.modules():
-        if isinstance(module, Stage):
-            module.recomputed = parts.stages
+    for _, stage in stages(trunk):
+        stage.recomputed = parts.stages

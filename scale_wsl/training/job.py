@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.config import EngineConfig
+from scale_wsl.engines.fairscale import require_fairscale
 from scale_wsl.engines.world import World
 from scale_wsl.errors import UserError
 from scale_wsl.loading.loader import DataConfig
@@ -138,6 +139,8 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
             f"head.group_size is {recipe.head.group_size}, but must divide the {world.size} ranks of this run"
         )
     recipe.engine.check_groups(world.size)
+    if recipe.engine.name == "fairscale":
+        require_fairscale()
     order = Order.of(train, seed=recipe.run.seed, resampling=recipe.data.resampling, threshold=recipe.data.threshold)
     batch = ds_config.BatchSizes(recipe.batch.micro, recipe.batch.accumulation, world.size)
     length = Duration.parse(recipe.schedule.length, "schedule.length")

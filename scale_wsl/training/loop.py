@@ -40,6 +40,7 @@ class Counter:
 
     step: int = 0
     samples: int = 0
+    updates: int = 0  # steps that changed the weights: those with a finite gradient
 
 
 @dataclass
@@ -162,6 +163,7 @@ class Trainer:
             for kept, statistics in self._statistics:
                 torch._foreach_copy_(statistics, kept)
         self.head_optimizer.zero_grad()
+        self.counter.updates += result.applied
         self.interval.gradient_norm = result.gradient_norm
         self._skipped_in_a_row = 0 if result.applied else self._skipped_in_a_row + 1
         self.interval.skipped += not result.applied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -121,6 +122,7 @@ def make_trainer(
     trunk: nn.Module | None = None,
     rate: LearningRate = RATE,
     settings: dict[str, Any] | None = None,
+    optim: OptimConfig | None = None,
     of_batch: dict[str, int] | None = None,
     scratch: Path = Path(),
 ) -> Trainer:
@@ -138,11 +140,12 @@ def make_trainer(
         trunk: on the meta device, with `num_features`.
         rate: learning rates.
         settings: more of `EngineConfig`.
+        optim: the recipe's, where it is not plain SGD.
         of_batch: seed and side of the images.
         scratch: where zero3_disk offloads to.
     """
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
-    optim = OptimConfig(clip=clip)
+    optim = dataclasses.replace(optim or OptimConfig(), clip=clip)
     stage = int(name[4]) if name.startswith("zero") else None
     config = EngineConfig(
         name={"hsdp": "fsdp"}.get(name, name) if stage is None else "deepspeed",
