@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ from scale_wsl.models.recompute import Stage
 from scale_wsl.models.resnext import Bottleneck
 from scale_wsl.models.weights import materialise
 from tests.engines import parity
+from tests.ranks import run_ranks
 
 RANKS = 2
 STEPS = 3
@@ -270,35 +273,56 @@ def _swap(trunk: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
         setattr(trunk.get_submodule(module), local, buffer)
 
 
-def outcomes(engines: tuple[str, ...] = ENGINES) -> dict[Cell, Outcome]:
-    """The grid, walked on two ranks, one engine after another in processes of its own."""
-    from tests.ranks import run_ranks
-
-    found: dict[Cell, Outcome] = {}
-    for engine in engines:
-        found |= run_ranks(run_engine, RANKS, engine, timeout=900)[0]
+@cache
+def walk(engine: str) -> dict[Cell, Outcome]:
+    """An engine's part of the grid, on two ranks in processes of their own."""
+    found: dict[Cell, Outcome] = run_ranks(run_engine, RANKS, engine, timeout=900)[0]
     return found
 
 
-def summary(found: dict[Cell, Outcome]) -> dict[str, Any]:
-    """For a look at it: the largest distances by engine and precision, and what is refused."""
-    table: dict[str, Any] = {}
-    for cell, outcome in found.items():
-        if outcome.refused:
-            table.setdefault(f"{cell.engine} refused", set()).add((cell[1:], outcome.refused))
-        else:
-            row = table.setdefault((cell.engine, cell.precision, cell.norm), [0.0] * 4)
-            for place, value in enumerate((outcome.loss, outcome.weights, outcome.momentum, outcome.direction)):
-                row[place] = max(row[place], value)
-    return table
+# --- the table ---------------------------------------------------------------------------------------------------
 
+
+def rows(engine: str) -> Iterator[list[str]]:
+    """The table's rows: what each of an engine's norms and precisions gave, over the combinations of all else."""
+    found = walk(engine)
+    for precision, norm in itertools.product(PRECISIONS, NORMS):
+        of_row = [outcome for cell, outcome in found.items() if (cell.precision, cell.norm) == (precision, norm)]
+        ran = [outcome for outcome in of_row if not outcome.refused]
+        passed = sum(outcome.equal if precision == "fp32" else outcome.near for outcome in ran)
+        worst = [max((getattr(outcome, field) for outcome in ran), default=0.0) for field in _DISTANCES]
+        yield [engine, precision, norm, f"{passed} of {len(of_row)}", *(f"{value:.1e}" for value in worst)]
+
+
+def table() -> str:
+    """The whole grid as a Markdown table."""
+    head = ["engine", "precision", "norm", "equal", *_DISTANCES]
+    lines = [head, ["---"] * len(head), *(row for engine in ENGINES for row in rows(engine))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def documented() -> list[list[str]]:
+    """The rows that docs/engines.md shows."""
+    lines = _between_marks(DOCUMENT.read_text(encoding="utf-8"))[1].strip().splitlines()[2:]
+    return [[field.strip() for field in line.strip("|").split("|")] for line in lines]
+
+
+def _between_marks(text: str) -> tuple[str, str, str]:
+    before, begin, rest = text.partition("<!-- grid -->\n")
+    inside, end, after = rest.partition("<!-- end of grid -->")
+    assert begin
+    assert end
+    return before + begin, inside, end + after
+
+
+_DISTANCES = ("loss", "weights", "momentum", "direction")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "engines.md"
 
 if __name__ == "__main__":
-    import sys
-    import time
-
-    for name in sys.argv[1:] or ENGINES:
+    for name in ENGINES:
         started = time.perf_counter()
-        for key, value in summary(outcomes((name,))).items():
-            print(key, value)
-        print(name, f"{time.perf_counter() - started:.0f} s", flush=True)
+        for row in rows(name):
+            print(*row, sep="\t")
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    first, _, last = _between_marks(DOCUMENT.read_text(encoding="utf-8"))
+    DOCUMENT.write_text(first + table() + last, encoding="utf-8")

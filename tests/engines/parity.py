@@ -159,7 +159,8 @@ def make_trainer(
             "zero_optimization": {
                 "stage": stage or 0,
                 "stage3_param_persistence_threshold": 0,
-                **({"offload_optimizer": offload, "offload_param": offload} if "_" in name else {}),
+                **({"offload_optimizer": offload} if "_" in name else {}),
+                **({"offload_param": offload} if "zero3_" in name else {}),
             }
         },
         "the test",
@@ -278,11 +279,18 @@ def dense_targets(ids: torch.Tensor) -> torch.Tensor:
     return targets
 
 
-def reference_losses(steps: int, clip: float, batch: int = BATCH) -> list[float]:
-    """The same training in float64 in this process: whole batches, a dense head, plain torch.optim.SGD."""
+def reference_losses(steps: int, clip: float, batch: int = BATCH, adam: str = "") -> list[float]:
+    """The same training in float64 in this process: whole batches, a dense head, plain torch.optim.SGD.
+
+    `adam`: torch's Adam or AdamW instead, with weight decay 0.05 and a constant learning rate.
+    """
     trunk = make_trunk().double()
     head = dense_head(trunk.num_features)
-    optimizer = dense_optimizer(trunk, head)
+    optimizer: torch.optim.Optimizer = dense_optimizer(trunk, head)
+    if adam:
+        groups = [{**group, "weight_decay": 0.05 * (group["weight_decay"] > 0)} for group in optimizer.param_groups]
+        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+        optimizer = (torch.optim.AdamW if adam == "adamw" else torch.optim.Adam)(groups)
     losses = []
     for step in range(steps):
         images, ids, _ = global_batch(step, batch)
@@ -293,7 +301,7 @@ def reference_losses(steps: int, clip: float, batch: int = BATCH) -> list[float]
         if clip:
             torch.nn.utils.clip_grad_norm_([*trunk.parameters(), *head.parameters()], clip)
         for group in optimizer.param_groups:
-            group["lr"] = RATE.at(step * batch)
+            group["lr"] = 0.001 if adam else RATE.at(step * batch)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

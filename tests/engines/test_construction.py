@@ -81,7 +81,7 @@ def test_a_rank_reads_its_own_shard_alone(name: str) -> None:
     for read, sizes, _ in ranks:
         for key, size in sizes.items():
             # FSDP2 shards rows, so a rank may get one more; what it keeps whole are norms.
-            kept_whole = name == "fsdp" and "bn" in key or "downsample.1" in key
+            kept_whole = (name == "fsdp" and "bn" in key) or "downsample.1" in key
             assert read[key] <= (size if kept_whole else math.ceil(size / 3) + 9 * 64), key
     for key, size in ranks[0][1].items():
         total = sum(read[key] for read, _, _ in ranks)

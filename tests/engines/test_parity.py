@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from scale_wsl.training.schedule import OptimConfig
 from tests.engines import parity
 from tests.ranks import run_ranks
 
@@ -70,3 +71,20 @@ def test_bf16_stays_near_fp32_and_keeps_everything_in_fp32() -> None:
         assert losses == pytest.approx(reference(1.0)[:5], rel=1e-2), name
         assert losses != pytest.approx(reference(1.0)[:5], rel=1e-7), f"{name} did not compute in bf16"
         assert dtypes == {torch.float32}, name
+
+
+def _adam_losses(name: str) -> dict[str, list[float]]:
+    optim = OptimConfig(name=name, weight_decay=0.05)
+    found = {}
+    for engine in (*parity.ENGINES, "zero3_offload"):
+        trainer = parity.make_trainer(engine, accumulation=2, clip=1.0, optim=optim, rate=parity.constant(0.001))
+        found[engine] = parity.take_steps(trainer, 5)
+    return found
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_on_every_engine_is_torchs_adam_in_one_float64_process(name: str) -> None:
+    expected = parity.reference_losses(5, 1.0, adam=name)
+    for engine, losses in run_ranks(_adam_losses, 2, name)[0].items():
+        assert losses == pytest.approx(expected, rel=1e-5), engine
+    assert expected != pytest.approx(reference(1.0)[:5], rel=1e-3)

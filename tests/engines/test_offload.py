@@ -1,0 +1,101 @@
+"""Offloading to CPU memory and to disk (ZeRO-Infinity) changes where things are kept, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from scale_wsl.errors import UserError
+from scale_wsl.models.norms import FrozenBatchNorm2d
+from scale_wsl.models.recompute import Stage
+from scale_wsl.models.resnext import Bottleneck
+from tests.engines import parity
+from tests.ranks import run_ranks
+
+
+class Wide(nn.Module):
+    """4.6 million parameters in few blocks: DeepSpeed keeps what is smaller than 1 MiB off the disk."""
+
+    num_features = 1024
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 1024, 8, stride=8, bias=False)
+        self.layer1 = Stage(*(Bottleneck(1024, 1024, 1024, 1, 64, FrozenBatchNorm2d) for _ in range(2)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.layer1(self.conv1(x)).mean((2, 3))
+        return features
+
+
+def describe() -> Wide:
+    """The trunk on the meta device."""
+    with torch.device("meta"):
+        return Wide()
+
+
+def _train(name: str, scratch: Path) -> tuple[list[float], dict[str, list[float]], int]:
+    """Losses of four steps, two norms of each tensor of the state after the second, and the bytes on disk."""
+    trainer = parity.make_trainer(
+        name, accumulation=2, clip=1.0, trunk=describe(), rate=parity.constant(0.01), scratch=scratch
+    )
+    losses = parity.take_steps(trainer, 2)
+    state = parity.whole_state(trainer)
+    norms = {key: [float(tensor.double().norm()), float(tensor.double().sum())] for key, tensor in state.items()}
+    losses += parity.take_steps(trainer, 2)
+    on_disk = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
+    return losses, norms, on_disk
+
+
+def _has_disk_io() -> bool:
+    """Whether what DeepSpeed needs for its disk operator is here."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    found: bool = AsyncIOBuilder().is_compatible(verbose=False)
+    return found and shutil.which("ninja") is not None and shutil.which("g++") is not None
+
+
+def test_offloaded_to_cpu_memory_the_training_is_the_same(tmp_path: Path) -> None:
+    plain = run_ranks(_train, 2, "zero3", tmp_path)
+    for name in ("zero3_offload", "zero2_offload", "zero1_offload"):
+        for (losses, norms, _), (expected, expected_norms, _) in zip(
+            run_ranks(_train, 2, name, tmp_path), plain, strict=True
+        ):
+            assert losses == pytest.approx(expected, rel=1e-6), name
+            for key, values in norms.items():
+                assert values == pytest.approx(expected_norms[key], rel=1e-4, abs=1e-5), (name, key)
+
+
+@pytest.mark.slow
+def test_offloaded_to_disk_the_training_is_the_same(tmp_path: Path) -> None:
+    """The first run on a machine compiles DeepSpeed's operator, for a minute or more."""
+    if not run_ranks(_has_disk_io, 1)[0]:
+        pytest.skip("DeepSpeed's disk operator needs libaio's headers, g++ and ninja")
+    plain = run_ranks(_train, 2, "zero3", tmp_path / "nothing")
+    offloaded = run_ranks(_train, 2, "zero3_disk", tmp_path, timeout=900)
+    for (losses, norms, on_disk), (expected, expected_norms, none) in zip(offloaded, plain, strict=True):
+        assert losses == expected
+        assert norms == expected_norms
+        assert none == 0
+        assert on_disk > 3 * 4 * 3_000_000  # weights, masters and momentum of most parameters, over both ranks
+
+
+def _without_libaio(scratch: Path) -> str:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    AsyncIOBuilder.is_compatible = lambda self, verbose=False: False
+    try:
+        parity.make_trainer("zero3_disk", accumulation=1, clip=0.0, scratch=scratch)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_without_libaio_the_message_says_what_to_install(tmp_path: Path) -> None:
+    for sentence in run_ranks(_without_libaio, 2, tmp_path):
+        assert "libaio-dev" in sentence
+        assert 'offload to "cpu"' in sentence
