@@ -65,5 +65,6 @@ def _consecutive(size: int, world: World) -> ProcessGroup | None:
     for first in range(0, world.size, size):
         group = dist.new_group(list(range(first, first + size)))
         if first <= world.rank < first + size:
+            assert isinstance(group, ProcessGroup)  # not the mark of a group that one is no member of
             mine = group
     return mine

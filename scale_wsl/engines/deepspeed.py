@@ -133,7 +133,7 @@ class DeepSpeedEngine(Engine):
                     start = min(self.world.rank * size, whole.numel())
                     shard = FlatShard(shard.local[start : start + size], whole.shape, start)
                     shard.fill(name, source)
-                    parameter.partition()
+                    parameter.partition()  # type: ignore[attr-defined]
                 else:
                     shard.fill(name, source)
                     setattr(module, local, whole)

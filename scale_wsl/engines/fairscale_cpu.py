@@ -61,4 +61,4 @@ def install() -> None:
         if tensor.is_cuda:
             on_gpu(tensor, stream)
 
-    torch.Tensor.record_stream = record_stream  # type: ignore[method-assign]
+    torch.Tensor.record_stream = record_stream  # type: ignore[assignment,method-assign]

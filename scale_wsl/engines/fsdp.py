@@ -108,7 +108,7 @@ class FSDPEngine(Engine):
         sharded, kept = self._gradients()
         if kept:
             flat = all_reduce(torch.cat([gradient.view(-1) for gradient in kept]))
-            for gradient, total in zip(kept, flat.split([gradient.numel() for gradient in kept]), strict=True):
+            for gradient, total in zip(kept, torch.split(flat, [gradient.numel() for gradient in kept]), strict=True):
                 gradient.view(-1).copy_(total)
         square = square_norm(sharded, sharded[0].device if sharded else self.device).to(self.device)
         # Over all ranks, replicas too, so that every rank sees the same number.
@@ -147,7 +147,7 @@ class FSDPEngine(Engine):
         """Rows `[start, stop)` of a sharded tensor are a range of its elements."""
         if not isinstance(tensor, DTensor):
             return self._copied(tensor)
-        local, mesh = tensor.detach().to_local(), tensor.device_mesh
+        local, mesh = tensor.to_local().detach(), tensor.device_mesh
         ranks, rank = mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)
         rows = -(-tensor.shape[0] // ranks)  # as torch.chunk cuts
         start = min(rank * rows, tensor.shape[0]) * tensor.shape[1:].numel()

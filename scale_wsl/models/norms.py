@@ -49,6 +49,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is None or isinstance(self.num_batches_tracked, Tensor)
         if self.num_batches_tracked is not None:  # None while activations are recomputed
             self.num_batches_tracked.add_(1)
+        y: Tensor
         y, mean, unbiased = _SynchronisedBatchNorm.apply(x, self.weight, self.bias, self.eps, self.group)
         assert self.momentum is not None
         assert self.running_mean is not None
@@ -70,7 +71,7 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
         variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
         own = torch.cat([mean, variance, mean.new_full((1,), x.numel() / x.shape[1])])
         ranks = all_gather_rows(own[None], group)
-        means, variances, counts = ranks.split([len(mean), len(mean), 1], dim=1)
+        means, variances, counts = torch.split(ranks, [len(mean), len(mean), 1], dim=1)
         total = counts.sum()
         mean = (means * counts).sum(0) / total
         # The law of total variance: E[x^2] - mean^2 would cancel where the mean is large.

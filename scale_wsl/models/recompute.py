@@ -77,7 +77,8 @@ class Stage(Recomputable, nn.Sequential):
 
     def compute(self, x: Tensor) -> Tensor:
         """One block after another."""
-        return nn.Sequential.forward(self, x)
+        y: Tensor = nn.Sequential.forward(self, x)  # type: ignore[no-untyped-call]
+        return y
 
 
 @dataclass(frozen=True)
