@@ -123,6 +123,7 @@ def make_trainer(
     rate: LearningRate = RATE,
     settings: dict[str, Any] | None = None,
     optim: OptimConfig | None = None,
+    ds_content: dict[str, Any] | None = None,
     of_batch: dict[str, int] | None = None,
     scratch: Path = Path(),
 ) -> Trainer:
@@ -141,12 +142,13 @@ def make_trainer(
         rate: learning rates.
         settings: more of `EngineConfig`.
         optim: the recipe's, where it is not plain SGD.
+        ds_content: of a user's ds_config, where `name` does not say enough.
         of_batch: seed and side of the images.
         scratch: where zero3_disk offloads to.
     """
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
     optim = dataclasses.replace(optim or OptimConfig(), clip=clip)
-    stage = int(name[4]) if name.startswith("zero") else None
+    stage = int(name[4]) if name.startswith("zero") else None  # of a file of any name, its own
     config = EngineConfig(
         name={"hsdp": "fsdp"}.get(name, name) if stage is None else "deepspeed",
         precision=precision,
@@ -155,7 +157,8 @@ def make_trainer(
     )
     offload = {"device": "nvme" if name.endswith("disk") else "cpu", "pin_memory": False}
     deepspeed = ds_config.resolve(
-        {
+        ds_content
+        or {
             "zero_optimization": {
                 "stage": stage or 0,
                 "stage3_param_persistence_threshold": 0,

@@ -16,6 +16,7 @@ from scale_wsl.errors import UserError
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 BATCH = BatchSizes(micro=8, accumulation=3, world=2)
+ZERO = "zero_optimization"
 SGD = OptimizerSettings(weight_decay=1e-4)
 
 
@@ -37,10 +38,16 @@ def resolved(
     )
 
 
+def optimizer_of(path: Path) -> OptimizerSettings:
+    """The optimizer that a shipped file is written for, by its name; any where it says none."""
+    name = path.stem.partition("_")[2]
+    return OptimizerSettings(name=name if name in ("adam", "adamw") else "sgd")
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_shipped_files_resolve_and_leave_nothing_auto(path: Path, precision: str) -> None:
-    config = resolved(read(path), precision=precision, clip=1.0)
+    config = resolved(read(path), precision=precision, clip=1.0, optimizer=optimizer_of(path))
     assert '"auto"' not in json.dumps(config)
     assert config["train_batch_size"] == 48
     assert config["gradient_clipping"] == 0.0
@@ -48,12 +55,12 @@ def test_shipped_files_resolve_and_leave_nothing_auto(path: Path, precision: str
     assert len(path.read_text().splitlines()) < 25
 
 
-def test_there_is_a_file_for_each_stage() -> None:
-    stages = {read(path)["zero_optimization"]["stage"] for path in SHIPPED}
-    assert stages == {0, 1, 2, 3}
-
-
-ZERO = "zero_optimization"
+def test_there_is_a_file_for_each_stage_place_and_optimizer() -> None:
+    found = [resolved(read(path), optimizer=optimizer_of(path))[ZERO] for path in SHIPPED]
+    places = {(block["stage"], *(block.get(key, {}).get("device") for key in ds_zero._OFFLOAD)) for block in found}
+    stages = {(stage, None, None) for stage in range(4)}
+    assert places == stages | {(1, "cpu", None), (2, "cpu", None), (3, "cpu", "cpu"), (3, "nvme", "nvme")}
+    assert {read(path).get("optimizer", {}).get("type") for path in SHIPPED} == {None, "SGD", "Adam", "AdamW"}
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def _train(name: str, scratch: Path) -> tuple[list[float], dict[str, list[float]
     return losses, norms, on_disk
 
 
-def _has_disk_io() -> bool:
+def has_disk_io() -> bool:
     """Whether what DeepSpeed needs for its disk operator is here."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -73,7 +73,7 @@ def test_offloaded_to_cpu_memory_the_training_is_the_same(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_offloaded_to_disk_the_training_is_the_same(tmp_path: Path) -> None:
     """The first run on a machine compiles DeepSpeed's operator, for a minute or more."""
-    if not run_ranks(_has_disk_io, 1)[0]:
+    if not run_ranks(has_disk_io, 1)[0]:
         pytest.skip("DeepSpeed's disk operator needs libaio's headers, g++ and ninja")
     plain = run_ranks(_train, 2, "zero3", tmp_path / "nothing")
     offloaded = run_ranks(_train, 2, "zero3_disk", tmp_path, timeout=900)
