@@ -5,7 +5,6 @@ For those who compare with, or go on from, runs of its time; `fsdp` does the sam
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +24,6 @@ from scale_wsl.models.weights import materialise
 from scale_wsl.shards import FlatShard, Source
 
 __all__ = ["FairscaleEngine", "require_fairscale"]
-
-_log = logging.getLogger(__name__)
 
 
 def require_fairscale() -> Any:
@@ -63,8 +60,6 @@ class FairscaleEngine(Engine):
         # Its own mixed precision casts to half even where bfloat16 is asked for (0.4.13): autocast it is.
         super().__init__(trunk, settings, world, precision=config.precision, channels_last=config.channels_last)
         sharded = require_fairscale()
-        if world.is_main:
-            _log.warning("fairscale is a legacy engine, kept for comparison: engine.name=fsdp is its successor")
         self.gradient_divisor = world.size
         decayed = {name: len(shape) > 1 for name, shape in self.shapes.items()}
         keywords: dict[str, Any] = {

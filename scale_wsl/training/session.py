@@ -188,6 +188,8 @@ class Session:
         head = labels * (self.head.num_features + recipe.head.bias)
         sizes = job.batch
         engine = recipe.engine.name
+        if engine == "fairscale":
+            engine += " (a legacy engine, kept for comparison: engine.name=fsdp is its successor)"
         if job.deepspeed:
             engine += f" ZeRO-{job.deepspeed['zero_optimization']['stage']}"
         lines = [

@@ -1,4 +1,4 @@
-"""Walks the grid of docs/engines.md: every combination is the float64 process's training, or is refused with a reason."""
+"""Walks the grid of docs/engines.md: every combination is the float64 process's training, or refused with a reason."""
 
 from __future__ import annotations
 
