@@ -158,7 +158,8 @@ def _wrap(
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         for _, module in residual_blocks(trunk):
             fully_shard(module, mesh=mesh)
-        wrapped = fully_shard(trunk, mesh=mesh)
+        wrapped = trunk
+        fully_shard(trunk, mesh=mesh)
     optimizer = sgd(wrapped)
 
     def plain(loss: Tensor) -> None:

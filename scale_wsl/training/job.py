@@ -7,6 +7,7 @@ mistake is found in a second and every rank can stop with the same sentence.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,7 @@ def _take(folder: Path) -> FileLock:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
         failure.clear(folder)
+        shutil.rmtree(folder / OFFLOADED, ignore_errors=True)  # of a run that was killed: useless, and large
     except Timeout:
         raise UserError(f"another run is at work in {folder}: wait for its end, or choose another run.folder") from None
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from scale_wsl.shards import Source
 from scale_wsl.training import checkpoint, state
 from scale_wsl.training.environment import environment
 from scale_wsl.training.evaluate import Evaluator
-from scale_wsl.training.job import Job
+from scale_wsl.training.job import OFFLOADED, Job
 from scale_wsl.training.loop import Counter, Trainer
 from scale_wsl.training.preemption import Preemption
 from scale_wsl.training.sender import masked
@@ -187,17 +188,13 @@ class Session:
         trunk = parameter_count(model)
         head = labels * (self.head.num_features + recipe.head.bias)
         sizes = job.batch
-        engine = recipe.engine.name
-        if engine == "fairscale":
-            engine += " (a legacy engine, kept for comparison: engine.name=fsdp is its successor)"
-        if job.deepspeed:
-            engine += f" ZeRO-{job.deepspeed['zero_optimization']['stage']}"
         lines = [
             f"{model.name} ({trunk / 1e6:.1f}M parameters, {multiply_adds(model, recipe.data.image_size) / 1e9:.2f}G "
             f"multiply-adds at {recipe.data.image_size} px) + head of {labels:,} hashtags ({head / 1e6:.1f}M)",
             f"{job.train.name}: {len(job.train):,} images; {job.validation.name}: {len(job.validation):,} images",
-            f"{self.world.size} ranks on {self.world.device.type}, {engine}, {recipe.engine.precision}; "
-            f"global batch {sizes.total} = {sizes.micro} x {sizes.accumulation} x {sizes.world}",
+            f"{self.world.size} ranks on {self.world.device.type}: {self._sharding()}; head over "
+            f"{self.head.group_size} ranks; global batch {sizes.total} = {sizes.micro} x {sizes.accumulation} x "
+            f"{sizes.world}",
             f"{job.total:,} images = {job.epochs(job.total):.1f} epochs, "
             f"learning rate up to {job.learning_rate.peak:.4g}",
         ]
@@ -209,11 +206,31 @@ class Session:
         tracker.text("environment.json", json.dumps(environment(), indent=2))
         tracker.artifact(job.train.folder / "vocabulary.json")
 
+    def _sharding(self) -> str:
+        """How the trunk is sharded, in words."""
+        config = self.recipe.engine
+        text = config.name
+        if config.name == "fairscale":
+            text += " (a legacy engine, kept for comparison: engine.name=fsdp is its successor)"
+        elif config.shard_group:
+            text += f" in groups of {config.shard_group}"
+        elif self.job.deepspeed:
+            zero = self.job.deepspeed["zero_optimization"]
+            text += f" ZeRO-{zero['stage']}"
+            offloaded = {block["device"] for key, block in zero.items() if key.startswith("offload_")}
+            text += "".join(f", offloading to {device}" for device in sorted(offloaded))
+        if config.offload != "none":
+            text += f", offloading to {config.offload}"
+        if config.checkpointing != "none":
+            text += f", recomputing {config.checkpointing}"
+        return f"{text}, {config.precision}"
+
     def close(self, tracker: Tracker) -> None:
         """Tell where everything is."""
         if not self.world.is_main:
             return
         folder = self.job.folder
+        shutil.rmtree(folder / OFFLOADED, ignore_errors=True)
         newest = checkpoint.newest(folder / "checkpoints")
         pictures = sorted((folder / "pictures").glob("*.png"))
         print(f"checkpoint  {newest}")
