@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard as ShardRows
 
 from scale_wsl.collectives import all_gather_rows, all_reduce, exchange_rows, group_size
 from scale_wsl.errors import UserError
+from scale_wsl.models.head_group import check_group_size
 from scale_wsl.models.sampled_softmax import Sampling, sampled_cross_entropy, union_of_rows
 from scale_wsl.models.sharded_softmax import Shard, khot_cross_entropy, khot_evaluation, logit_chunks
 from scale_wsl.randomness import derived_seed
@@ -33,7 +34,9 @@ _INITIAL_STD = 0.01  # Goyal et al. 2017, section 5.1, whose recipe the paper fo
 class HeadConfig:
     """Section `head`: how the classifier's rows are sharded."""
 
-    group_size: int = setting(0, "ranks that share one copy of the head's rows; 0: all; must divide the world size")
+    group_size: int | str = setting(
+        0, "ranks that share one copy of the rows, a divisor of the world size; 0: all; auto: the fewest bytes a step"
+    )
     chunk_rows: int = setting(0, "images whose logits are computed at a time; 0: as many as fit into 64 MiB")
     bias: bool = setting(True, "whether each hashtag has a bias")
     smoothing: float = setting(0.0, "label smoothing: share of an image's target mass spread over all hashtags")
@@ -47,8 +50,10 @@ class HeadConfig:
         Raises:
             UserError: a number is negative, or smoothing is 1 or more.
         """
-        for key in ("chunk_rows", "sampled"):
-            if getattr(self, key) < 0:
+        if isinstance(self.group_size, str) and self.group_size != "auto":
+            raise UserError(f"head.group_size is {self.group_size!r}, but must be a number of ranks, 0 or auto")
+        for key in ("group_size", "chunk_rows", "sampled"):
+            if getattr(self, key) != "auto" and getattr(self, key) < 0:
                 raise UserError(f"head.{key} is {getattr(self, key)}, but must be 0 or more")
         if not 0 <= self.smoothing < 1:
             raise UserError(f"head.smoothing is {self.smoothing}, but must be at least 0 and below 1")
@@ -77,9 +82,8 @@ def head_mesh(group_size: int = 0, device_type: str = "cpu") -> DeviceMesh | Non
         UserError: `group_size` does not divide the world size.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
+    check_group_size(group_size, world)
     ranks = group_size or world
-    if world % ranks:
-        raise UserError(f"head.group_size is {group_size}, but must divide the {world} ranks of this run")
     if not dist.is_initialized():
         return None
     return init_device_mesh(device_type, (world // ranks, ranks), mesh_dim_names=("replica", "head"))

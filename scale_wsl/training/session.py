@@ -12,6 +12,8 @@ from scale_wsl.engines.build import build_engine
 from scale_wsl.engines.world import World
 from scale_wsl.loading.loader import TrainLoader
 from scale_wsl.models.head import ShardedHead, head_mesh
+from scale_wsl.models.head_group import choose_group_size, ranks_per_node
+from scale_wsl.models.head_optimizer import HeadSGD
 from scale_wsl.models.resnext import build_trunk, multiply_adds, parameter_count
 from scale_wsl.recipe import recipe_dict, recipe_yaml
 from scale_wsl.training import checkpoint, state
@@ -54,15 +56,17 @@ class Session:
         self.head = ShardedHead(
             len(job.train.vocabulary),
             trunk.num_features,
-            mesh=head_mesh(recipe.head.group_size, world.device.type),
+            mesh=head_mesh(self._head_group(trunk.num_features), world.device.type),
             seed=recipe.run.seed,
             bias=recipe.head.bias,
             chunk_rows=recipe.head.chunk_rows,
+            smoothing=recipe.head.smoothing,
+            sampled=recipe.head.sampled,
         ).to(world.device)
         if job.resume:
             state.load_weights(job.resume[0], trunk, self.head)
         self.engine = build_engine(recipe.engine, trunk, sgd(trunk, **optim), world, job.deepspeed)
-        self.head_optimizer = sgd(self.head, **optim)
+        self.head_optimizer = HeadSGD(self.head, **optim)
         counter, self.run_id = Counter(), ""
         if job.resume:
             path, meta = job.resume
@@ -101,6 +105,16 @@ class Session:
             micro_batch=recipe.batch.micro,
             world=world,
             seed=recipe.run.seed,
+        )
+
+    def _head_group(self, features: int) -> int:
+        return choose_group_size(
+            self.recipe.head.group_size,
+            ranks=self.world.size,
+            ranks_per_node=ranks_per_node(),
+            images=self.recipe.batch.micro,
+            classes=len(self.job.train.vocabulary),
+            features=features,
         )
 
     def _save(self, tracker: Tracker) -> None:

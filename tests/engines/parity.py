@@ -19,6 +19,7 @@ from scale_wsl.engines.world import World
 from scale_wsl.loading.decode import normalize
 from scale_wsl.loading.loader import Batch
 from scale_wsl.models.head import ShardedHead, head_mesh
+from scale_wsl.models.head_optimizer import HeadSGD
 from scale_wsl.models.resnext import Bottleneck, initialise
 from scale_wsl.training import checkpoint, state
 from scale_wsl.training.loop import Counter, Trainer
@@ -122,7 +123,7 @@ def make_trainer(
         counter = Counter(meta.step, meta.samples)
         state.load_weights(resume, trunk, head)
     engine = build_engine(config, trunk, sgd(trunk, **settings), world, deepspeed)
-    head_optimizer = sgd(head, **settings)
+    head_optimizer = HeadSGD(head, **settings)
     if resume:
         state.load_momentum(resume, engine, head, head_optimizer)
     return Trainer(
