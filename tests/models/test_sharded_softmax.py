@@ -181,7 +181,7 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:  # a sparse one's parts were made before
                 storage = tensor.untyped_storage()
                 self.largest = max(self.largest, storage.nbytes())
                 if storage.nbytes() == self._watched:
