@@ -133,6 +133,7 @@ class ShardedHead(nn.Module):
         weight: `[v, D]`, this rank's rows.
         bias: `[v]`, or None.
         rows: their global numbers.
+        spare: memory `[v, D]` that the next weight gradient will take; None: new memory.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class ShardedHead(nn.Module):
         self.weight = nn.Parameter(initial_rows(seed, self.rows, num_features).to(dtype))
         self.bias = nn.Parameter(torch.zeros(len(self.rows), dtype=dtype)) if bias else None
         self._shapes_agree = False
-        self._memory: Tensor | None = None  # of the last weight gradient, for the next one
+        self.spare: Tensor | None = None
 
     @property
     def group_size(self) -> int:
@@ -228,7 +229,7 @@ class ShardedHead(nn.Module):
                 scale=1.0 if scale is None else scale,
             )
             return HeadOutput(loss, row_loss)
-        memory, self._memory = self._memory, None
+        memory, self.spare = self.spare, None
         if memory is not None and memory.device != self.weight.device:
             memory = None
         loss, row_loss = khot_cross_entropy(
@@ -274,7 +275,7 @@ class ShardedHead(nn.Module):
         """
         gradient = self.weight.grad
         if set_to_none and gradient is not None and not gradient.is_sparse:
-            self._memory = gradient
+            self.spare = gradient
         super().zero_grad(set_to_none)
 
     def _check(self, features: Tensor, ids: Tensor, mass: Tensor) -> None:

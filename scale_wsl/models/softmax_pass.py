@@ -7,7 +7,8 @@ where they stand. Must never hold an `N x V` target, more than two chunks of log
 Where logits stand: the memory of the weight's gradient is idle until the gradient is written, and a block of it (`B*D`
 numbers) has room for the block's logits (`n*B`) as long as n <= D. So the first chunk of a fresh gradient takes no
 memory of its own, which is why it may be as large as D images. Later chunks, and all that add to an older gradient,
-take turns in two buffers.
+take turns in two buffers. Where one chunk is all, the features' gradient too is made in what is idle of the first
+block, which is then written last.
 
 Blocks keep a few MiB of weights in the cache between two uses of them, and are what bf16 products are cast in: no copy
 of the whole weight is ever made.
@@ -206,7 +207,6 @@ def one_pass(
     wants_any = any(needed)
     image_loss = X.new_empty(N, dtype=accumulation)
     target_probability = None if wants_any else X.new_empty(N, dtype=accumulation)
-    dX = X.new_empty(N, D, dtype=accumulation) if needed[0] else None
     if needed[1] and gradient is None:
         gradient = X.new_empty(c, D, dtype=accumulation)
     dW = gradient if needed[1] else None
@@ -214,9 +214,16 @@ def one_pass(
     in_gradient = min(N, D, chunk_rows or N) if dW is not None and not add else 0
     chunks = list(image_chunks(N, columns.most, chunk_rows, in_gradient))
     largest = max(chunk.stop - chunk.start for chunk in chunks)
+    idle = dW.view(-1)[largest * height : height * D] if dW is not None and len(chunks) == 1 and in_gradient else None
+    dX = None
+    if needed[0] and idle is not None and c >= height and idle.numel() >= N * D:
+        dX = idle[: N * D].view(N, D)
+    elif needed[0]:
+        dX, idle = X.new_empty(N, D, dtype=accumulation), None
     scratch = X.new_empty(largest * min(height, c), dtype=accumulation)
     buffers = _Buffers()
     scattered: Pending | None = None
+    own_dX: Tensor | None = None
 
     def start(images: slice) -> _Chunk:
         n = images.stop - images.start
@@ -254,7 +261,7 @@ def one_pass(
         return _Chunk(logits, elements, start_all_gather_rows(torch.stack(packed, dim=1), group))
 
     def finish(chunk: _Chunk) -> None:
-        nonlocal scattered
+        nonlocal scattered, own_dX
         logits, images = chunk.logits, chunk.logits.images
         exchanged = chunk.exchange.wait().view(group_size(group), logits.rows, -1).unbind(2)
         maxima, sums, targets = exchanged[:3]
@@ -274,9 +281,12 @@ def one_pass(
                 if not blocks:
                     dX[images] = 0.0
                 if images.stop == N:
-                    scattered = start_reduce_scatter_rows(dX, group)  # on its way during the last products
+                    # on its way during the last products
+                    scattered = start_reduce_scatter_rows(dX, group, overwrite=True)
             if dW is not None:
-                for number, block in enumerate(blocks):
+                for number, block in [*enumerate(blocks)][::-1]:
+                    if number == 0 and idle is not None and scattered is not None:
+                        own_dX = scattered.wait().clone()  # out of the way of the first block's gradient
                     z = logits.block(number)
                     if logits.in_gradient:  # about to be overwritten
                         z = scratch[: z.numel()].view_as(z).copy_(z)
@@ -313,12 +323,14 @@ def one_pass(
     if waiting is not None:
         finish(waiting)
 
+    if own_dX is None and scattered is not None:
+        own_dX = scattered.wait()
     b = N // group_size(group)
     own = slice(group_rank(group) * b, (group_rank(group) + 1) * b)
     return Gradients(
         image_loss[own].clone(),
         None if target_probability is None else target_probability[own].clone(),
-        dX if scattered is None else scattered.wait(),
+        own_dX,
         dW,
         db,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from scale_wsl.models.head import ShardedHead
 from tests.models.dense import random_targets
 
-_D, _V = 6, 1001
+_D, _V = 6, 2500  # three blocks of classes
 
 
 def _head(chunk_rows: int = 0, dtype: torch.dtype = torch.float64) -> ShardedHead:

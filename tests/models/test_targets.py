@@ -12,7 +12,10 @@ from scale_wsl.models.head import HeadConfig, ShardedHead, head_mesh
 from tests.models.dense import relative_error
 from tests.ranks import run_ranks
 
-_D, _B, _K = 6, 7, 4
+_B, _K = 7, 4
+# Classes and features. 1 and 3 leave ranks without rows, 17 and 1,001 give them unequal numbers; at 5,000 a shard has
+# several blocks, and few enough images for all logits to stand in the gradient's memory.
+_SIZES = ((1, 6), (3, 6), (17, 6), (1001, 6), (5000, 40))
 
 
 def _targets(images: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -38,17 +41,17 @@ def _dense(features: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, mass: Te
 def _worst_error(smoothing: float) -> float:
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     errors = []
-    for classes in (1, 3, 17, 1001):  # 1 and 3 leave ranks without rows, 17 and 1,001 give them unequal numbers
+    for classes, D in _SIZES:
         for chunk_rows in (0, 4):
             numbers = torch.Generator().manual_seed(7)
-            shapes = [(world * _B, _D), (classes, _D), (classes,)]
+            shapes = [(world * _B, D), (classes, D), (classes,)]
             full = [torch.randn(shape, dtype=torch.float64, generator=numbers).requires_grad_() for shape in shapes]
             ids, mass = _targets(world * _B, classes)
             expected = _dense(*full, ids, mass, smoothing)
             (expected.sum() * 0.37).backward()
 
             head = ShardedHead(
-                classes, _D, mesh=head_mesh(), dtype=torch.float64, chunk_rows=chunk_rows, smoothing=smoothing
+                classes, D, mesh=head_mesh(), dtype=torch.float64, chunk_rows=chunk_rows, smoothing=smoothing
             )
             held, mine = slice(head.rows.start, head.rows.stop), slice(rank * _B, (rank + 1) * _B)
             with torch.no_grad():
@@ -91,8 +94,8 @@ def test_smoothing_is_a_share() -> None:
 
 
 def test_probability_of_the_targets_is_their_sum() -> None:
-    head = ShardedHead(17, _D, dtype=torch.float64)
-    features = torch.randn(3, _D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    head = ShardedHead(17, 6, dtype=torch.float64)
+    features = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[4, 16, -1], [2, -1, -1], [-1, -1, -1]])
     with torch.no_grad():
         found = head.loss(features, ids, (ids >= 0).float()).target_probability
