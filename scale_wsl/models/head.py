@@ -24,9 +24,9 @@ from scale_wsl.models.sharded_softmax import Shard, khot_cross_entropy, khot_eva
 from scale_wsl.randomness import derived_seed
 from scale_wsl.recipe import setting
 
-__all__ = ["HeadConfig", "HeadOutput", "ShardedHead", "head_mesh", "initial_rows"]
+__all__ = ["INITIAL_BLOCK", "HeadConfig", "HeadOutput", "ShardedHead", "head_mesh", "initial_rows"]
 
-_BLOCK = 1024  # rows drawn from one seed
+INITIAL_BLOCK = 1024  # rows drawn from one seed
 _INITIAL_STD = 0.01  # Goyal et al. 2017, section 5.1, whose recipe the paper follows
 
 
@@ -96,11 +96,13 @@ def initial_rows(seed: int, rows: range, num_features: int) -> Tensor:
     sharding starts from the same head.
     """
     weight = torch.empty(len(rows), num_features)
-    for block in range(rows.start // _BLOCK, -(-rows.stop // _BLOCK)) if rows else ():
+    for block in range(rows.start // INITIAL_BLOCK, -(-rows.stop // INITIAL_BLOCK)) if rows else ():
         numbers = torch.Generator().manual_seed(derived_seed("init", seed, "head.weight", block))
-        drawn = torch.empty(_BLOCK, num_features).normal_(0.0, _INITIAL_STD, generator=numbers)
-        first, last = max(rows.start, block * _BLOCK), min(rows.stop, (block + 1) * _BLOCK)
-        weight[first - rows.start : last - rows.start] = drawn[first - block * _BLOCK : last - block * _BLOCK]
+        drawn = torch.empty(INITIAL_BLOCK, num_features).normal_(0.0, _INITIAL_STD, generator=numbers)
+        first, last = max(rows.start, block * INITIAL_BLOCK), min(rows.stop, (block + 1) * INITIAL_BLOCK)
+        weight[first - rows.start : last - rows.start] = drawn[
+            first - block * INITIAL_BLOCK : last - block * INITIAL_BLOCK
+        ]
     return weight
 
 
@@ -211,9 +213,7 @@ class ShardedHead(nn.Module):
         self._check(features, ids, mass)
         trained = [parameter for parameter in (features, *self.parameters()) if parameter.requires_grad]
         if not torch.is_grad_enabled() or not trained:
-            row_loss, probability = khot_evaluation(
-                features, self.weight, self.bias, ids, mass, self.shard, smoothing=self.smoothing
-            )
+            row_loss, probability = khot_evaluation(features, self.weight, self.bias, ids, mass, self.shard)
             return HeadOutput(row_loss.sum() * (1.0 if scale is None else scale), row_loss, probability)
         if self.sampled:
             sampling = Sampling(self.vocabulary_size, self.sampled, self.seed, draw)

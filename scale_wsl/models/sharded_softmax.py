@@ -115,7 +115,8 @@ def khot_cross_entropy(
     compute = compute_dtype(features)
     parameters = [features, weight] if bias is None else [features, weight, bias]
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in parameters):
-        image_loss, _ = khot_evaluation(features, weight, bias, ids, mass, shard, smoothing=smoothing)
+        options = _Options(shard, compute, smoothing)
+        image_loss = _pass(features, weight, bias, ids, mass, options, (False, False, False)).image_loss
         return image_loss.sum() * (1.0 if scale is None else scale), image_loss
     older = None
     fits = weight.dtype == accumulation_dtype(compute)
@@ -130,23 +131,17 @@ def khot_cross_entropy(
 
 @torch.no_grad()
 def khot_evaluation(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    mass: Tensor,
-    shard: Shard,
-    *,
-    smoothing: float = 0.0,
+    features: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mass: Tensor, shard: Shard
 ) -> tuple[Tensor, Tensor]:
-    """As `khot_cross_entropy`, without gradients.
+    """As `khot_cross_entropy`, without smoothing and without gradients.
 
     Returns:
         Each image's loss, and the probability that its target entries are given together (an id given twice counts
         twice), both `[b]`.
     """
-    options = _Options(shard, compute_dtype(features), smoothing)
-    found = _pass(features, weight, bias, ids, mass, options, (False, False, False))
+    found = _pass(
+        features, weight, bias, ids, mass, _Options(shard, compute_dtype(features), 0.0), (False, False, False)
+    )
     assert found.target_probability is not None
     return found.image_loss, found.target_probability
 
