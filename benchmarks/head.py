@@ -16,7 +16,9 @@ over all ranks. Peers, measured in the same run, in turns, on the same ranks, im
 Every contender has PyTorch's fused SGD kernel, so that what differs is the head. The sharded ones share one weight and
 one momentum; each turn is a step that is not timed, from a state without gradient memory, and one that is.
 
-Time is the median over rounds; ratios are ours over the peer's in the same round, median (quartiles).
+Time is the median over rounds, from barrier to barrier; ratios are ours over the peer's in the same round, median
+(quartiles). CPU time is that of all ranks together: what a machine with other work to do can still compare.
+
 Memory is the peak beyond weights, their gradient and momentum, of the rank that needs most: the sum of what PyTorch's
 allocator gives and takes back during one step (torch.profiler's memory events, exact, without the process groups' own
 buffers), less one weight gradient where the contender allocates it anew in each step.
@@ -72,6 +74,7 @@ class Row:
     """What was measured of a contender, or the bytes for which it was left out."""
 
     seconds: tuple[float, ...] = ()
+    work: tuple[float, ...] = ()  # CPU seconds of all ranks together
     beyond: float = 0.0
     needs: float = 0.0
 
@@ -244,12 +247,15 @@ def _silence() -> Iterator[None]:
             os.close(old)
 
 
-def _seconds(step: Callable[[], None]) -> float:
+def _seconds(step: Callable[[], None]) -> tuple[float, float]:
+    """Seconds from barrier to barrier, and CPU seconds of all ranks together."""
     dist.barrier()
-    started = time.perf_counter()
+    started, before = time.perf_counter(), time.process_time()
     step()
+    worked = torch.tensor(time.process_time() - before, dtype=torch.float64)
     dist.barrier()
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    return seconds, float(all_reduce(worked))
 
 
 def _measure(vocabulary: int, features: int, arguments: argparse.Namespace) -> dict[str, Row]:
@@ -260,7 +266,8 @@ def _measure(vocabulary: int, features: int, arguments: argparse.Namespace) -> d
         return {_OURS: Row(needs=shared), "peers": Row(needs=shared), _DDP: Row(needs=replicated)}
     with_ddp = shared + replicated <= limit
     contenders = _contenders(vocabulary, arguments.images, features, with_ddp)
-    memory, seconds = {}, {name: [] for name in contenders}  # type: dict[str, float], dict[str, list[float]]
+    memory: dict[str, float] = {}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for name, contender in contenders.items():
         contender.step()
         contender.step()
@@ -268,13 +275,17 @@ def _measure(vocabulary: int, features: int, arguments: argparse.Namespace) -> d
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         memory[name] = float(highest)
         contender.forget()
-    for number in range(arguments.rounds):
+    rounds = arguments.rounds if vocabulary < 1_000_000 else max(3, arguments.rounds // 2)
+    for number in range(rounds):
         names = list(contenders) if number % 2 == 0 else list(contenders)[::-1]
         for name in names:
             contenders[name].step()
-            seconds[name].append(_seconds(contenders[name].step))
+            times[name].append(_seconds(contenders[name].step))
             contenders[name].forget()
-    found = {name: Row(tuple(seconds[name]), memory[name]) for name in contenders}
+    found = {}
+    for name in contenders:
+        seconds, work = zip(*times[name], strict=True)
+        found[name] = Row(seconds, work, memory[name])
     if not with_ddp:
         found[_DDP] = Row(needs=replicated)
     return found
@@ -315,10 +326,14 @@ def _print_rows(world: int, vocabulary: int, features: int, rows: dict[str, Row]
             continue
         line += f" {1e3 * statistics.median(row.seconds):9.1f} {row.beyond / 2**20:9.2f}"
         if name != _OURS:
-            ratios = [one / other for one, other in zip(ours.seconds, row.seconds, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            line += f"   {middle:5.2f} ({low:.2f}-{high:.2f})   {ours.beyond / row.beyond:5.2f}"
+            line += f"   {_ratio(ours.seconds, row.seconds)}   {_ratio(ours.work, row.work)}"
+            line += f"   {ours.beyond / row.beyond:6.2f}"
         print(line, flush=True)
+
+
+def _ratio(ours: tuple[float, ...], theirs: tuple[float, ...]) -> str:
+    low, middle, high = statistics.quantiles([one / other for one, other in zip(ours, theirs, strict=True)], n=4)
+    return f"{middle:4.2f} ({low:4.2f}-{high:4.2f})"
 
 
 def _print_growth(world: int, measured: list[tuple[int, int, Row]]) -> None:
@@ -350,12 +365,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64, help="images over all ranks, N (default: 64)")
     parser.add_argument("--features", type=int, default=2048, help="D (default: 2048)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="gloo ranks (default: 2 4)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each (default: 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each (default: 7); half from 1M on")
     parser.add_argument("--threads", type=int, default=1, help="threads per rank (default: 1)")
     parser.add_argument("--memory-gib", type=float, default=12.0, help="limit on all ranks together (default: 12)")
     arguments = parser.parse_args()
-    print(f"N {arguments.images}, fp32; ratios are ours / this: median (quartiles) of {arguments.rounds} rounds")
-    print("ranks          V      D head                  ms       MiB        time            memory")
+    if arguments.rounds < 2:
+        parser.error("--rounds must be 2 or more, or there is no spread to show")
+    print(f"N {arguments.images}, fp32; ratios are ours / this: median (quartiles) over the rounds")
+    print("ranks          V      D head                  ms       MiB   time               CPU time           memory")
     for world in arguments.ranks:
         spawn(_rank, args=(_free_port(), world, arguments), nprocs=world)  # type: ignore[no-untyped-call]
 

@@ -19,7 +19,7 @@ Shapes: N images of the whole group, n in a chunk, D features, c classes held he
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -146,19 +146,6 @@ class _Chunk:
     exchange: Pending  # [g*n, 3 or 4]
 
 
-@dataclass
-class _Buffers:
-    """Memory of chunks that are done, for those to come."""
-
-    free: list[Tensor] = field(default_factory=list)
-
-    def take(self, like: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-        if self.free and self.free[-1].numel() >= size:
-            return self.free.pop()[:size]
-        self.free.clear()
-        return like.new_empty(size, dtype=dtype)
-
-
 def _multiply(into: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
     """`into (+)= a @ b`; products of a smaller type are rounded once each and added in `into`'s."""
     if a.dtype == into.dtype:
@@ -199,138 +186,184 @@ def one_pass(
         gradient: memory `[c, D]` of the accumulation type for the weight's gradient; None: new.
         add: whether the weight's gradient is added to what `gradient` holds.
     """
-    compute, W, bias = X.dtype, columns.weight, columns.bias
-    accumulation = accumulation_dtype(compute)
-    (N, D), c, kind = X.shape, len(W), X.device.type
-    height = _block_rows(D, kind)
-    blocks = [slice(start, min(start + height, c)) for start in range(0, c, height)]
-    wants_any = any(needed)
-    image_loss = X.new_empty(N, dtype=accumulation)
-    target_probability = None if wants_any else X.new_empty(N, dtype=accumulation)
-    if needed[1] and gradient is None:
-        gradient = X.new_empty(c, D, dtype=accumulation)
-    dW = gradient if needed[1] else None
-    db = X.new_zeros(c, dtype=accumulation) if needed[2] else None
-    in_gradient = min(N, D, chunk_rows or N) if dW is not None and not add else 0
-    chunks = list(image_chunks(N, columns.most, chunk_rows, in_gradient))
-    largest = max(chunk.stop - chunk.start for chunk in chunks)
-    idle = dW.view(-1)[largest * height : height * D] if dW is not None and len(chunks) == 1 and in_gradient else None
-    dX = None
-    if needed[0] and idle is not None and c >= height and idle.numel() >= N * D:
-        dX = idle[: N * D].view(N, D)
-    elif needed[0]:
-        dX, idle = X.new_empty(N, D, dtype=accumulation), None
-    scratch = X.new_empty(largest * min(height, c), dtype=accumulation)
-    buffers = _Buffers()
-    scattered: Pending | None = None
-    own_dX: Tensor | None = None
+    return _Pass(X, columns, group, needed, smoothing, scale, chunk_rows, gradient, add).run()
 
-    def start(images: slice) -> _Chunk:
-        n = images.stop - images.start
-        if dW is not None and in_gradient and images.start == 0:
-            logits = _Logits(dW.view(-1), images, blocks, height * D, True)
+
+class _Pass:
+    """The state of one pass: results as they grow, and the memory that chunks share."""
+
+    def __init__(
+        self,
+        X: Tensor,
+        columns: Columns,
+        group: ProcessGroup | None,
+        needed: tuple[bool, bool, bool],
+        smoothing: float,
+        scale: float,
+        chunk_rows: int,
+        gradient: Tensor | None,
+        add: bool,
+    ) -> None:
+        self.X, self.columns, self.group = X, columns, group
+        self.smoothing, self.scale, self.add = smoothing, scale, add
+        self.accumulation = accumulation_dtype(X.dtype)
+        (N, D), c = X.shape, len(columns.weight)
+        height = _block_rows(D, X.device.type)
+        self.height, self.blocks = height, [slice(first, min(first + height, c)) for first in range(0, c, height)]
+        self.differentiates = any(needed)
+
+        def new(*shape: int) -> Tensor:
+            return X.new_empty(shape, dtype=self.accumulation)
+
+        self.image_loss = new(N)
+        self.target_probability = None if self.differentiates else new(N)
+        self.dW = (new(c, D) if gradient is None else gradient) if needed[1] else None
+        self.db = new(c).zero_() if needed[2] else None
+        # How many images' logits stand in the gradient's memory, and what of its first block they leave idle.
+        self.in_gradient = min(N, D, chunk_rows or N) if self.dW is not None and not add else 0
+        self.chunks = list(image_chunks(N, columns.most, chunk_rows, self.in_gradient))
+        largest = max(chunk.stop - chunk.start for chunk in self.chunks)
+        idle = new(0)
+        if self.dW is not None and self.in_gradient == N and c >= height:
+            idle = self.dW.view(-1)[N * height : height * D]
+        self.dX_is_lodging = needed[0] and idle.numel() >= N * D > 0
+        self.dX = (idle[: N * D].view(N, D) if self.dX_is_lodging else new(N, D)) if needed[0] else None
+        self.own_dX: Tensor | None = None
+        self.scattered: Pending | None = None
+        self.scratch = new(largest * min(height, c))
+        self.free: list[Tensor] = []  # memory of chunks that are done, for those to come
+
+    def run(self) -> Gradients:
+        """Every chunk's logits and, while the next chunk's exchange is on its way, its losses and gradients."""
+        waiting: _Chunk | None = None
+        for images in self.chunks:
+            chunk = self.start(images)
+            if waiting is not None:
+                self.finish(waiting)
+            waiting = chunk
+        if waiting is not None:
+            self.finish(waiting)
+        if self.own_dX is None and self.scattered is not None:
+            self.own_dX = self.scattered.wait()
+        b = len(self.X) // group_size(self.group)
+        own = slice(group_rank(self.group) * b, (group_rank(self.group) + 1) * b)
+        probability = self.target_probability
+        return Gradients(
+            self.image_loss[own].clone(),
+            None if probability is None else probability[own].clone(),
+            self.own_dX,
+            self.dW,
+            self.db,
+        )
+
+    # --- logits --------------------------------------------------------------------------------------------------
+
+    def _place(self, images: slice) -> _Logits:
+        """Where a chunk's logits are to stand."""
+        n, c = images.stop - images.start, len(self.columns.weight)
+        if self.dW is not None and self.in_gradient and images.start == 0:
+            return _Logits(self.dW.view(-1), images, self.blocks, self.height * self.X.shape[1], in_gradient=True)
+        if self.free and self.free[-1].numel() >= n * c:
+            flat = self.free.pop()
         else:
-            logits = _Logits(buffers.take(X, n * c, accumulation), images, blocks, height * n, False)
-        maxima = X.new_full((max(1, len(blocks)), n), -torch.inf, dtype=accumulation)
-        sums, target = torch.zeros_like(maxima), X.new_zeros(n, dtype=accumulation)
-        for number, block in enumerate(blocks):
+            self.free.clear()
+            flat = self.X.new_empty(n * c, dtype=self.accumulation)
+        return _Logits(flat, images, self.blocks, self.height * n, in_gradient=False)
+
+    def start(self, images: slice) -> _Chunk:
+        """Compute a chunk's logits and begin to exchange what ranks must know of each other's."""
+        columns, smoothing = self.columns, self.smoothing
+        logits, total_mass = self._place(images), columns.total_mass[images]
+        maxima = total_mass.new_full((max(1, len(self.blocks)), logits.rows), -torch.inf)
+        sums, target = torch.zeros_like(maxima), torch.zeros_like(total_mass)
+        for number, block in enumerate(self.blocks):
             z = logits.block(number)
-            _multiply(z, X[images], W[block].to(compute).t(), add=False)
-            if bias is not None:
-                z.add_(bias[block])
+            _multiply(z, self.X[images], columns.weight[block].to(self.X.dtype).t(), add=False)
+            if columns.bias is not None:
+                z.add_(columns.bias[block])
             torch.amax(z, 1, out=maxima[number])
-            apart = torch.sub(z, maxima[number][:, None], out=scratch[: z.numel()].view_as(z)).exp_()
+            apart = torch.sub(z, maxima[number][:, None], out=self._scratch(z)).exp_()
             torch.sum(apart, 1, out=sums[number])
             if smoothing:
                 uniform = columns.uniform
                 target += z @ uniform[block] if isinstance(uniform, Tensor) else z.sum(1).mul_(uniform)
         maximum = maxima.amax(0)
-        total = sums.mul_((maxima - maximum).exp_()).sum(0) if blocks else sums[0]
+        total = (sums.mul_((maxima - maximum).exp_()) if self.blocks else sums).sum(0)
         if smoothing:
-            target = (target - columns.smoothed_bias).mul_(smoothing * columns.total_mass[images])
-        elements = logits.elements(columns.places[images]) if blocks else None
-        packed = [maximum, total, target]
-        if elements is not None:
+            target = (target - columns.smoothed_bias).mul_(smoothing * total_mass)
+        elements, probability = None, torch.zeros_like(total)
+        if self.blocks:
+            mass, elements = columns.mass[images], logits.elements(columns.places[images])
             z = logits.flat[elements]
-            packed[2] = target.add_((z * columns.mass[images]).sum(1), alpha=1 - smoothing)
-            if not wants_any:
-                there = columns.mass[images] > 0
-                packed.append(torch.where(there, (z - maximum[:, None]).exp_(), 0.0).sum(1))
-        elif not wants_any:
-            packed.append(total)
-        return _Chunk(logits, elements, start_all_gather_rows(torch.stack(packed, dim=1), group))
+            target.add_((z * mass).sum(1), alpha=1 - smoothing)
+            probability = torch.where(mass > 0, (z - maximum[:, None]).exp_(), 0.0).sum(1)
+        packed = [maximum, total, target] if self.differentiates else [maximum, total, target, probability]
+        return _Chunk(logits, elements, start_all_gather_rows(torch.stack(packed, dim=1), self.group))
 
-    def finish(chunk: _Chunk) -> None:
-        nonlocal scattered, own_dX
+    def _scratch(self, like: Tensor) -> Tensor:
+        return self.scratch[: like.numel()].view_as(like)
+
+    # --- losses and gradients ------------------------------------------------------------------------------------
+
+    def finish(self, chunk: _Chunk) -> None:
+        """A chunk's losses and, where they are wanted, gradients."""
         logits, images = chunk.logits, chunk.logits.images
-        exchanged = chunk.exchange.wait().view(group_size(group), logits.rows, -1).unbind(2)
+        exchanged = chunk.exchange.wait().view(group_size(self.group), logits.rows, -1).unbind(2)
         maxima, sums, targets = exchanged[:3]
         highest = maxima.amax(0)
         shares = (maxima - highest).exp_()
         total = (sums * shares).sum(0)
         normaliser = highest + total.log()
-        image_loss[images] = columns.total_mass[images] * normaliser - targets.sum(0)
-        if target_probability is not None:
-            target_probability[images] = (exchanged[3] * shares).sum(0) / total
-        if wants_any:
-            _differentiate(chunk, normaliser)
-            if dX is not None:
-                for number, block in enumerate(blocks):
-                    operand = logits.block(number).to(compute)
-                    _multiply(dX[images], operand, W[block].to(compute), add=number > 0)
-                if not blocks:
-                    dX[images] = 0.0
-                if images.stop == N:
-                    # on its way during the last products
-                    scattered = start_reduce_scatter_rows(dX, group, overwrite=True)
-            if dW is not None:
-                for number, block in [*enumerate(blocks)][::-1]:
-                    if number == 0 and idle is not None and scattered is not None:
-                        own_dX = scattered.wait().clone()  # out of the way of the first block's gradient
-                    z = logits.block(number)
-                    if logits.in_gradient:  # about to be overwritten
-                        z = scratch[: z.numel()].view_as(z).copy_(z)
-                    _multiply(dW[block], z.to(compute).t(), X[images], add=add or images.start > 0)
+        self.image_loss[images] = self.columns.total_mass[images] * normaliser - targets.sum(0)
+        if self.target_probability is not None:
+            self.target_probability[images] = (exchanged[3] * shares).sum(0) / total
+        if self.differentiates:
+            self._differentiate(chunk, normaliser)
+            self._features_gradient(logits)
+            self._weight_gradient(logits)
         if not logits.in_gradient:
-            buffers.free.append(logits.flat)
+            self.free.append(logits.flat)
 
-    def _differentiate(chunk: _Chunk, normaliser: Tensor) -> None:
+    def _differentiate(self, chunk: _Chunk, normaliser: Tensor) -> None:
         """Turn logits into d loss / d logit = total mass * p - target mass, times `scale`.
 
         Subtracted in the accumulation type: in bf16 the difference of two nearly equal numbers would be zero.
         """
-        images = chunk.logits.images
-        total = columns.total_mass[images] * scale
-        for number, block in enumerate(blocks):
+        columns, images = self.columns, chunk.logits.images
+        total = columns.total_mass[images] * self.scale
+        for number, block in enumerate(self.blocks):
             z = chunk.logits.block(number).sub_(normaliser[:, None]).exp_().mul_(total[:, None])
-            if smoothing:
+            if self.smoothing:
                 uniform = columns.uniform
                 spread = uniform[block] if isinstance(uniform, Tensor) else uniform
-                z.sub_((smoothing * total)[:, None] * spread)
+                z.sub_((self.smoothing * total)[:, None] * spread)
         if chunk.elements is not None:  # index_put_ adds duplicates up, and is deterministic
-            minus = columns.mass[images] * (-(1 - smoothing) * scale)
+            minus = columns.mass[images] * (-(1 - self.smoothing) * self.scale)
             chunk.logits.flat.index_put_((chunk.elements,), minus, accumulate=True)
-        if db is not None:
-            for number, block in enumerate(blocks):
-                db[block] += chunk.logits.block(number).sum(0)
+        if self.db is not None:
+            for number, block in enumerate(self.blocks):
+                self.db[block] += chunk.logits.block(number).sum(0)
 
-    waiting: _Chunk | None = None
-    for images in chunks:
-        chunk = start(images)
-        if waiting is not None:
-            finish(waiting)  # while the exchange of `chunk` is on its way
-        waiting = chunk
-    if waiting is not None:
-        finish(waiting)
+    def _features_gradient(self, logits: _Logits) -> None:
+        if self.dX is None:
+            return
+        images, compute = logits.images, self.X.dtype
+        if not self.blocks:
+            self.dX[images] = 0.0
+        for number, block in enumerate(self.blocks):
+            operand, W = logits.block(number).to(compute), self.columns.weight[block].to(compute)
+            _multiply(self.dX[images], operand, W, add=number > 0)
+        if images.stop == len(self.X):  # on its way during the last products
+            self.scattered = start_reduce_scatter_rows(self.dX, self.group, overwrite=True)
 
-    if own_dX is None and scattered is not None:
-        own_dX = scattered.wait()
-    b = N // group_size(group)
-    own = slice(group_rank(group) * b, (group_rank(group) + 1) * b)
-    return Gradients(
-        image_loss[own].clone(),
-        None if target_probability is None else target_probability[own].clone(),
-        own_dX,
-        dW,
-        db,
-    )
+    def _weight_gradient(self, logits: _Logits) -> None:
+        if self.dW is None:
+            return
+        images = logits.images
+        for number, block in [*enumerate(self.blocks)][::-1]:
+            if number == 0 and self.dX_is_lodging and self.scattered is not None:
+                self.own_dX = self.scattered.wait().clone()  # out of the way of the first block's gradient
+            z = logits.block(number)
+            if logits.in_gradient:  # about to be overwritten
+                z = self._scratch(z).copy_(z)
+            _multiply(self.dW[block], z.to(self.X.dtype).t(), self.X[images], add=self.add or images.start > 0)
