@@ -12,6 +12,8 @@ over all ranks. Peers, measured in the same run, in turns, on the same ranks, im
     three reduces   the sharded cross-entropy of Megatron-LM: gathered features, logits, then all-reduces of maximum,
                     sum and target logit, everything in place; one index an image
     ours, one-hot   the same head with one hashtag an image: what k-hot costs
+    ours, sampled   the same head with 1 % of the classes sampled, from 1M classes on; its gradient is sparse and counts
+                    as memory
 
 Every contender has PyTorch's fused SGD kernel, so that what differs is the head. The sharded ones share one weight and
 one momentum; each turn is a step that is not timed, from a state without gradient memory, and one that is.
@@ -56,7 +58,8 @@ from scale_wsl.models.head import ShardedHead, head_mesh
 from scale_wsl.models.head_optimizer import HeadSGD
 
 _K = 5  # most hashtags of an image
-_OURS, _ONE_HOT, _DDP = "ours", "ours, one-hot", "linear + DDP"
+_OURS, _ONE_HOT, _SAMPLED, _DDP = "ours", "ours, one-hot", "ours, sampled", "linear + DDP"
+_MANY = 1_000_000  # classes from which on fewer rounds are timed, and sampling is
 _SGD: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "lr": 0.1}
 
 
@@ -151,6 +154,11 @@ def _contenders(vocabulary: int, images: int, features: int, with_ddp: bool) -> 
         optimizer.step()
         optimizer.zero_grad()
 
+    def sampled() -> None:
+        head.sampled = vocabulary // 100
+        ours(ids, mass)
+        head.sampled = 0
+
     def three_reduces() -> None:
         logits = F.linear(_GatherRows.apply(x), weight, bias)
         loss = _ThreeReduces.apply(logits, all_gather_rows(tags)[:, 0], head.rows.start).sum() / images
@@ -184,6 +192,8 @@ def _contenders(vocabulary: int, images: int, features: int, with_ddp: bool) -> 
         "loss_parallel": Contender(parallel, forget, bytes_of_gradient),
         "three reduces": Contender(three_reduces, forget, bytes_of_gradient),
     }
+    if vocabulary >= _MANY:
+        found[_SAMPLED] = Contender(sampled, forget)
     if with_ddp:
         found[_DDP] = _ddp(x, ids, mass, vocabulary, images)
     return found
@@ -275,7 +285,7 @@ def _measure(vocabulary: int, features: int, arguments: argparse.Namespace) -> d
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         memory[name] = float(highest)
         contender.forget()
-    rounds = arguments.rounds if vocabulary < 1_000_000 else max(3, arguments.rounds // 2)
+    rounds = arguments.rounds if vocabulary < _MANY else max(3, arguments.rounds // 2)
     for number in range(rounds):
         names = list(contenders) if number % 2 == 0 else list(contenders)[::-1]
         for name in names:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ class _Uncorrected(Sampling):
 
 @given(st.integers(1, 200_000), st.data())
 def test_every_sharding_draws_the_same_rows(classes: int, data: Any) -> None:
-    sampled = data.draw(st.integers(1, classes))
+    sampled = data.draw(st.integers(1, min(classes, 3000)))
     sampling = Sampling(classes, sampled, seed=1, draw=data.draw(st.integers(0, 10**12)))
     rows, q = sampling.rows(range(classes))
     assert len(rows) == sampled == len(set(rows.tolist()))
@@ -152,7 +153,7 @@ def _problem(classes: int, world: int, bias: bool = True) -> tuple[list[Tensor],
     return full, *random_targets(world * _B, classes, _K, seed=classes)
 
 
-def _on_ranks(classes: int, sampled: int, images_of: int, options: dict[str, Any]) -> dict[str, Tensor]:
+def _on_ranks(classes: int, sampled: int, images_of: int, options: dict[str, Any]) -> dict[str, Any]:
     """Losses and gradients of `images_of * B` images, as whole arrays on every rank (V rows, N images)."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     full, ids, mass = _problem(classes, images_of)
@@ -175,21 +176,21 @@ def _on_ranks(classes: int, sampled: int, images_of: int, options: dict[str, Any
         if sampled:
             assert gradient.is_sparse
             assert torch.equal(gradient.coalesce().indices(), gradient.indices())
-    gathered: dict[str, Tensor] = {}
+    gathered: dict[str, Any] = {}
     for name, local in found.items():
         assert local is not None
-        pieces: list[Any] = [local]
+        pieces: list[Any] = [local.numpy()]
         if world > 1:
             pieces = [None] * world
             dist.all_gather_object(pieces, local.numpy())
-        gathered[name] = torch.cat([torch.as_tensor(piece) for piece in pieces])
+        gathered[name] = np.concatenate(pieces)
     return gathered
 
 
-def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], bound: float) -> None:
+def _compare(ours: dict[str, Any], theirs: dict[str, Any], bound: float) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
-        assert relative_error(ours[name], theirs[name]) < bound, name
+        assert relative_error(torch.from_numpy(ours[name]), torch.from_numpy(theirs[name])) < bound, name
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
