@@ -6,10 +6,10 @@
 A rung is taken when 3 real training steps are done - forward, backward, Nesterov momentum - on the same images, the
 loss falls from the first to the last, and the ranks together never held more than the limit. Each rung is tried in
 processes of its own; memory is their proportional set size (PSS), looked at every 50 ms, and the first look above the
-limit ends them. Weights are fp32, every block is recomputed, and the head has 1,500 hashtags. Nothing here is simulated.
+limit ends them. Weights are fp32, every block is recomputed, and the head has 1,500 hashtags. Nothing is simulated.
 
-Engines: those of a recipe; zero3_offload keeps the optimizer's state and the weights in (the same) CPU memory, and
-zero3_disk on the disk under --scratch, of which it needs 16 bytes per parameter.
+Engines: those of a recipe; zero3_disk keeps weights, gradients and momentum on the disk under --scratch, of which it
+needs 16 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _rung(name: str, width: int, arguments: argparse.Namespace) -> None:
         trainer = Trainer(
             engine=build_engine(config, trunk, initial_weights(model, 0), optim.settings, world, deepspeed),
             head=head,
-            head_optimizer=optim.settings.of_module(head),
+            head_optimizer=optim.settings.of_head(head),
             batches=itertools.repeat(_batch(arguments, world)),
             accumulation=1,
             world=world,

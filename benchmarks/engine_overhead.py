@@ -85,7 +85,7 @@ def _ours(name: str, arguments: argparse.Namespace, world: World) -> _Step:
     trainer = Trainer(
         engine=build_engine(config, trunk, initial_weights(model, 0), _OPTIM.settings, world, deepspeed),
         head=head,
-        head_optimizer=_OPTIM.settings.of_module(head),
+        head_optimizer=_OPTIM.settings.of_head(head),
         batches=itertools.repeat(batch),
         accumulation=1,
         world=world,
@@ -110,11 +110,11 @@ def _bare(name: str, arguments: argparse.Namespace, world: World) -> _Step:
     batch = _batch(arguments, world)
     labelled = arguments.micro * world.size
     wrapped, update = _wrap(name, trunk, arguments, world)
-    head_optimizer = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    head_optimizer = _OPTIM.settings.of_head(head)
 
     def step() -> None:
         features = wrapped(normalize(batch.images))
-        loss = head.loss(features, batch.ids, batch.mass).loss / labelled
+        loss = head.loss(features, batch.ids, batch.mass, scale=1 / labelled).loss
         update(loss)
         head_optimizer.step()
         head_optimizer.zero_grad()

@@ -115,7 +115,7 @@ def main() -> None:
         trainer = Trainer(
             engine=build_engine(EngineConfig(), trunk, initial_weights(model, 0), optim.settings, world),
             head=head,
-            head_optimizer=optim.settings.of_module(head),
+            head_optimizer=optim.settings.of_head(head),
             batches=trainer_loader,
             accumulation=1,
             world=world,

@@ -68,11 +68,18 @@ def all_gather_rows(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return start_all_gather_rows(rows, group).wait()
 
 
-def start_reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None = None) -> Pending:
-    """Begin to sum `[g*n, ...]` over the g ranks, each rank receiving its own `[n, ...]`."""
+def start_reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None = None, *, overwrite: bool = False) -> Pending:
+    """Begin to sum `[g*n, ...]` over the g ranks, each rank receiving its own `[n, ...]`.
+
+    With `overwrite`, `rows` may be changed, and what comes back may be a part of it: on a CPU, gloo adds up all rows on
+    every rank anyway, and makes a copy of them to do so.
+    """
     size = group_size(group)
     if size == 1:
         return Pending(rows)
+    if overwrite and rows.device.type == "cpu":
+        own = rows.view(size, -1, *rows.shape[1:])[group_rank(group)]
+        return Pending(own, dist.all_reduce(rows, group=group, async_op=True))
     own = rows.new_empty(rows.shape[0] // size, *rows.shape[1:])
     return Pending(own, _reduce_scatter(own, rows.contiguous(), group=group, async_op=True))
 

@@ -12,6 +12,7 @@ would be right. This module knows no section by name, and must never import one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -240,10 +241,14 @@ def _coerce(value: Any, field_type: Any, key: str, origin: str) -> Any:
     """`value` as `field_type`, accepting only what loses nothing (an int for a float, a list for a tuple)."""
     kind = typing.get_origin(field_type)
     if kind in (types.UnionType, typing.Union):
-        if value is None and type(None) in typing.get_args(field_type):
+        options = typing.get_args(field_type)
+        if value is None and type(None) in options:
             return None
-        (field_type,) = (option for option in typing.get_args(field_type) if option is not type(None))
-        return _coerce(value, field_type, key, origin)
+        for option in options:  # the first that it fits: `int | str` takes 8 and '8' as a number, 'auto' as text
+            if option is not type(None):
+                with contextlib.suppress(UserError):
+                    return _coerce(value, option, key, origin)
+        raise UserError(f"{key} is {_quoted(value)} in {origin}, but must be {_type_name(field_type)}")
     if kind is tuple and isinstance(value, list | tuple):
         inner = typing.get_args(field_type)
         if len(inner) == 2 and inner[1] is Ellipsis:
@@ -316,14 +321,13 @@ def _where_set(message: str, origins: Mapping[str, str]) -> str:
 
 # --- showing -----------------------------------------------------------------------------------------------------
 
-_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
 def _type_name(field_type: Any) -> str:
     kind = typing.get_origin(field_type)
     if kind in (types.UnionType, typing.Union):
-        inner = [_type_name(option) for option in typing.get_args(field_type) if option is not type(None)]
-        return " or ".join([*inner, "null"])
+        return " or ".join(_type_name(option) for option in typing.get_args(field_type))
     if kind is tuple:
         return "a list of " + " and ".join(_type_name(inner) for inner in typing.get_args(field_type) if inner != ...)
     return _NAMES.get(field_type, str(field_type))

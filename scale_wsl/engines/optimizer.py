@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scale_wsl.models.head import ShardedHead
+from scale_wsl.models.head_optimizer import HeadSGD
+
 __all__ = ["OptimizerSettings"]
 
 # By `optim.name`: for each of the state's tensors, torch's name and the checkpoint's.
@@ -54,6 +57,12 @@ class OptimizerSettings:
     def of_module(self, module: nn.Module) -> torch.optim.Optimizer:
         """An optimizer of a module's parameters, which must have their own shapes."""
         return self.build(self.groups((parameter, parameter.ndim > 1) for parameter in module.parameters()))
+
+    def of_head(self, head: ShardedHead) -> torch.optim.Optimizer:
+        """An optimizer of the hashtag head's rows, which for SGD can be those that a step has touched."""
+        if self.name != "sgd":
+            return self.of_module(head)
+        return HeadSGD(head, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer over `groups`, at learning rate 0."""

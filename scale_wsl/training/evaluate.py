@@ -1,4 +1,4 @@
-"""Evaluation on the validation set: loss, top-k hits and average precision per hashtag, beside the frequency baseline.
+"""Evaluation on the validation set: loss, top-k hits, calibration and average precision per hashtag, beside a baseline.
 
 Logits stay where they are: each rank scores its own rows of the vocabulary, and what ranks exchange are features, a few
 candidates per image and one average precision per hashtag. Every record is counted once, whatever the world size.
@@ -82,14 +82,17 @@ class Evaluator:
         """
         self.engine.train(False)
         keeps_scores = self._scores_fit()
-        records, losses, hashtags, scores = [], [], [], []
+        records, figures, hashtags, scores = [], [], [], []
         corrupt = 0
         for batch in self.loader:
             on_device = batch.to(self.world.device)
             features = self.engine.forward(normalize(on_device.images))
             records.append(torch.where(batch.mass.sum(1) > 0, batch.records, -1))
-            losses.append(self.head.loss(features, on_device.ids, on_device.mass).row_loss.float().cpu())
-            hashtags.append(self.head.top_k(features, 5)[1].cpu())
+            found = self.head.loss(features, on_device.ids, on_device.mass)
+            assert found.target_probability is not None
+            best, predicted = self.head.top_k(features, 5)
+            figures.append(torch.stack([found.row_loss, found.target_probability, best[:, 0].exp()]).float().cpu())
+            hashtags.append(predicted.cpu())
             if keeps_scores:
                 scores.append(self.head.local_log_probabilities(features).float().cpu())
             corrupt += batch.corrupt
@@ -99,15 +102,18 @@ class Evaluator:
 
         order = all_gather_rows(torch.stack(records)[None])  # [ranks, batches, b]
         precision = self._average_precision(torch.cat(scores), order) if keeps_scores else None
-        loss = all_gather_rows(torch.cat(losses))
+        of_images = all_gather_rows(torch.cat(figures, dim=1).t())  # [ranks * batches * b, 3]
         top = all_gather_rows(torch.cat(hashtags))
         if not self.world.is_main:
             return None
         seen = order.flatten()
         kept = seen >= 0
         by_record = torch.argsort(seen[kept])
+        row_loss, target_probability, confidence = of_images[kept][by_record].double().numpy().T
         result = EvaluationResult.of(
-            row_loss=loss[kept][by_record].double().numpy(),
+            row_loss=row_loss,
+            confidence=confidence,
+            target_probability=target_probability,
             top_ids=top[kept][by_record].numpy(),
             ids=self._padded_ids(seen[kept][by_record].tolist()),
             average_precision=precision,

@@ -23,6 +23,7 @@ from scale_wsl.errors import UserError
 from scale_wsl.loading.loader import DataConfig
 from scale_wsl.loading.order import Order
 from scale_wsl.models.head import HeadConfig
+from scale_wsl.models.head_group import check_group_size, ranks_per_node
 from scale_wsl.models.resnext import ModelConfig
 from scale_wsl.recipe import recipe_yaml, section, setting
 from scale_wsl.training import checkpoint, failure
@@ -96,6 +97,7 @@ class Job:
             "training set": self.train.manifest_hash,
             "validation set": self.validation.manifest_hash,
             "ds_config": json.dumps(self.deepspeed),
+            "number of ranks on its host": str(ranks_per_node()) if self.recipe.head.group_size == "auto" else "",
             "checkpoint to go on from": f"{path} at {meta.samples} images" if meta else str(path),
         }
 
@@ -135,9 +137,11 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
             f"{recipe.data.train} and {recipe.data.validation} have different vocabularies "
             f"({train.vocabulary_hash[:12]} and {validation.vocabulary_hash[:12]}): prepare them together"
         )
-    if recipe.head.group_size and world.size % recipe.head.group_size:
+    check_group_size(recipe.head.group_size, world.size)
+    if recipe.head.sampled and recipe.optim.name != "sgd":
         raise UserError(
-            f"head.group_size is {recipe.head.group_size}, but must divide the {world.size} ranks of this run"
+            f"head.sampled is {recipe.head.sampled}, but optim.name is {recipe.optim.name}: sampled rows can be updated "
+            "by SGD only; set head.sampled=0 or optim.name=sgd"
         )
     recipe.engine.check_groups(world.size)
     if recipe.engine.name == "fairscale":

@@ -24,6 +24,7 @@ from scale_wsl.errors import UserError
 from scale_wsl.loading.decode import normalize
 from scale_wsl.loading.loader import Batch
 from scale_wsl.models.head import ShardedHead
+from scale_wsl.models.head_optimizer import check_optimizer
 from scale_wsl.randomness import derived_seed
 from scale_wsl.training.batchnorm import combine_statistics
 from scale_wsl.training.preemption import Preemption
@@ -74,6 +75,7 @@ class Trainer:
         seed: int,
         counter: Counter,
     ) -> None:
+        check_optimizer(head, head_optimizer)
         self.engine = engine
         self.head = head
         self.head_optimizer = head_optimizer
@@ -116,7 +118,13 @@ class Trainer:
             on_device = batch.to(self.world.device)
             with self.engine.micro_batch(last=number == self.accumulation):
                 features = self.engine.forward(normalize(on_device.images))
-                share = self.head.loss(features, on_device.ids, on_device.mass).loss / labelled
+                share = self.head.loss(
+                    features,
+                    on_device.ids,
+                    on_device.mass,
+                    scale=1 / labelled,
+                    draw=self.counter.samples + number,  # a step has no fewer images than micro-batches
+                ).loss
                 self.engine.backward(share)
             loss += share.detach()
         self._update(learning_rate)
@@ -150,7 +158,7 @@ class Trainer:
     def _update(self, learning_rate: float) -> None:
         """Clip by one norm over trunk and head, and step both; where it is not finite, leave everything as it was."""
         self.head.sync_gradients()
-        gradients = [parameter.grad for parameter in self.head.parameters() if parameter.grad is not None]
+        gradients = self.head.gradients()
         head_square = square_norm(gradients, self.world.device) / self.head.replica_count
         dist.all_reduce(head_square)  # over all ranks, replicas too: every rank sees the same number
         result = self.engine.step(learning_rate, head_square, self.optim.clip)

@@ -17,16 +17,19 @@ from numpy.typing import NDArray
 from scale_wsl.randomness import generator
 
 __all__ = [
+    "Calibration",
     "EvaluationResult",
     "Measure",
     "average_precision",
     "bootstrap_interval",
+    "expected_calibration_error",
     "frequency_baseline",
     "frequency_loss",
     "hits",
     "prevalence",
 ]
 
+_BINS = 15  # Guo et al. 2017, table 1
 _AT_ONCE = 1 << 22  # elements of a temporary array: tens of MiB, whatever the size of the problem
 
 Floats = NDArray[np.float64]
@@ -102,6 +105,76 @@ def frequency_loss(train_counts: NDArray[np.integer[Any]], ids: NDArray[np.integ
     log_p = np.log(train_counts + 1.0) - np.log(train_counts.sum() + len(train_counts))
     there = ids >= 0
     return np.asarray(-np.where(there, log_p[ids], 0.0).sum(1) / np.maximum(there.sum(1), 1))
+
+
+def expected_calibration_error(confidence: Floats, correct: NDArray[np.bool_], bins: int = _BINS) -> float:
+    """By how much confidence and accuracy differ, on average over images, within bins of equally many images.
+
+    `sum over bins of (images in it / N) * |mean confidence - mean accuracy|` (Guo et al. 2017, equation 3), with bins
+    of equal mass instead of equal width: with thousands of classes most confidences crowd near zero, where bins of
+    equal width would average everything away (Nixon et al. 2019, section 4).
+
+    Args:
+        confidence: `[N]`, the probability that the model gives its prediction.
+        correct: `[N]`, whether the prediction is right.
+        bins: how many; each holds N/bins images, up to one, in the order of confidence (ties: as they come).
+
+    Returns:
+        Between 0 and 1; NaN without images.
+    """
+    if not len(confidence):
+        return math.nan
+    order = np.argsort(confidence, kind="stable")
+    apart = np.asarray(confidence, dtype=np.float64)[order] - np.asarray(correct, dtype=np.float64)[order]
+    bounds = np.arange(bins + 1) * len(apart) // bins
+    sums = np.diff(np.concatenate([[0.0], np.cumsum(apart)])[bounds])
+    return float(np.abs(sums).sum() / len(apart))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether the model's probabilities mean what they say.
+
+    An image's target is 1/k on each of its k hashtags, but its prediction is counted as right if it is any of them. So
+    a model that fits its targets is less confident than it is right, by as much as images have several hashtags."""
+
+    confidence: float  # mean probability of the most probable hashtag
+    accuracy: float  # share of images that have that hashtag
+    error: float  # expected calibration error between the two
+    target_probability: float  # mean probability that an image's hashtags get together
+    perplexity: float  # exp of the mean loss
+
+    @classmethod
+    def of(
+        cls, *, confidence: Floats, correct: NDArray[np.bool_], target_probability: Floats, row_loss: Floats
+    ) -> Calibration:
+        """From each of N images: all `[N]`."""
+        with np.errstate(over="ignore"):
+            perplexity = float(np.exp(_mean_of(row_loss)))
+        return cls(
+            _mean_of(confidence),
+            _mean_of(correct),
+            expected_calibration_error(confidence, correct),
+            _mean_of(target_probability),
+            perplexity,
+        )
+
+    def as_metrics(self) -> dict[str, float]:
+        """Flat metrics, all under `validation/`; accuracy is there as top1."""
+        return {
+            "validation/confidence": self.confidence,
+            "validation/calibration_error": self.error,
+            "validation/target_probability": self.target_probability,
+            "validation/perplexity": self.perplexity,
+        }
+
+    def line(self) -> str:
+        """For people, under the table."""
+        return (
+            f"Calibration: first guess {self.confidence:.3f} probable, {self.accuracy:.3f} right; "
+            f"expected calibration error {self.error:.3f} ({_BINS} bins of equal mass). An image's hashtags together "
+            f"{self.target_probability:.3f} probable; perplexity {self.perplexity:.4g}."
+        )
 
 
 def _mean(resampled: Floats) -> Floats:
@@ -222,12 +295,15 @@ class EvaluationResult:
     top1: Measure
     top5: Measure
     macro_ap: Measure | None  # None where there was no room for the scores
+    calibration: Calibration
 
     @classmethod
     def of(
         cls,
         *,
         row_loss: Floats,
+        confidence: Floats,
+        target_probability: Floats,
         top_ids: NDArray[np.integer[Any]],
         ids: NDArray[np.integer[Any]],
         average_precision: Floats | None,
@@ -242,6 +318,8 @@ class EvaluationResult:
 
         Args:
             row_loss: `[N]`.
+            confidence: `[N]`, the probability of the model's best hashtag.
+            target_probability: `[N]`, the probability of the true hashtags together.
             top_ids: `[N, k]`, the model's best hashtags, best first, k >= 5 (or the whole vocabulary).
             ids: `[N, K]`, true hashtags, padded with -1.
             average_precision: `[V]`, NaN for hashtags that no image has; None where it was not computed.
@@ -252,21 +330,26 @@ class EvaluationResult:
         bootstrap = {"resamples": resamples, "seed": seed}
         share = prevalence(ids, len(train_counts))
         there = share > 0
+        first_hits = hits(top_ids[:, :1], ids)
         return cls(
             images=len(ids),
             hashtags=int(there.sum()),
             loss=Measure.difference(row_loss, frequency_loss(train_counts, ids), **bootstrap),
-            top1=Measure.difference(hits(top_ids[:, :1], ids), frequency_baseline(train_counts, ids, 1), **bootstrap),
+            top1=Measure.difference(first_hits, frequency_baseline(train_counts, ids, 1), **bootstrap),
             top5=Measure.difference(hits(top_ids[:, :5], ids), frequency_baseline(train_counts, ids, 5), **bootstrap),
             macro_ap=None
             if average_precision is None
             else Measure.ratio_of(average_precision[there], share[there], **bootstrap),
+            calibration=Calibration.of(
+                confidence=confidence, correct=first_hits, target_probability=target_probability, row_loss=row_loss
+            ),
         )
 
     def as_metrics(self) -> dict[str, float]:
         """Flat `{"validation/...": value}`, for a tracker."""
         metrics = {"validation/images": float(self.images), "validation/hashtags": float(self.hashtags)}
         metrics |= self.loss.as_metrics("loss") | self.top1.as_metrics("top1") | self.top5.as_metrics("top5")
+        metrics |= self.calibration.as_metrics()
         return metrics | (self.macro_ap.as_metrics("macro_ap") if self.macro_ap else {})
 
     def table(self) -> str:
@@ -288,8 +371,9 @@ class EvaluationResult:
         )
         resampled = "images (average precision: hashtags)" if self.macro_ap else "images"
         lines.append(f"Intervals: bootstrap over {resampled}.")
+        lines.append(self.calibration.line())
         return "\n".join(lines)
 
 
-def _mean_of(values: Floats) -> float:
+def _mean_of(values: NDArray[Any]) -> float:
     return float(values.mean()) if len(values) else math.nan

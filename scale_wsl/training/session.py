@@ -12,6 +12,7 @@ from scale_wsl.engines.build import build_engine
 from scale_wsl.engines.world import World
 from scale_wsl.loading.loader import TrainLoader
 from scale_wsl.models.head import ShardedHead, head_mesh
+from scale_wsl.models.head_group import choose_group_size, ranks_per_node
 from scale_wsl.models.resnext import describe_trunk, multiply_adds, parameter_count
 from scale_wsl.models.weights import initial_weights
 from scale_wsl.recipe import recipe_dict, recipe_yaml
@@ -52,16 +53,18 @@ class Session:
         self.head = ShardedHead(
             len(job.train.vocabulary),
             trunk.num_features,
-            mesh=head_mesh(recipe.head.group_size, world.device.type),
+            mesh=head_mesh(self._head_group(trunk.num_features), world.device.type),
             seed=recipe.run.seed,
             bias=recipe.head.bias,
             chunk_rows=recipe.head.chunk_rows,
+            smoothing=recipe.head.smoothing,
+            sampled=recipe.head.sampled,
         ).to(world.device)
         if job.resume:
             source = state.load_weights(job.resume[0], trunk, self.head)
         settings = recipe.optim.settings
         self.engine = build_engine(recipe.engine, trunk, source, settings, world, job.deepspeed)
-        self.head_optimizer = settings.of_module(self.head)
+        self.head_optimizer = settings.of_head(self.head)
         counter, self.run_id = Counter(), ""
         if job.resume:
             path, meta = job.resume
@@ -100,6 +103,16 @@ class Session:
             micro_batch=recipe.batch.micro,
             world=world,
             seed=recipe.run.seed,
+        )
+
+    def _head_group(self, features: int) -> int:
+        return choose_group_size(
+            self.recipe.head.group_size,
+            ranks=self.world.size,
+            ranks_per_node=ranks_per_node(),
+            images=self.recipe.batch.micro,
+            classes=len(self.job.train.vocabulary),
+            features=features,
         )
 
     def _save(self, tracker: Tracker) -> None:

@@ -185,7 +185,7 @@ def make_trainer(
         counter = Counter(meta.step, meta.samples)
         source = state.load_weights(resume, trunk, head)
     engine = build_engine(config, trunk, source, optim.settings, world, deepspeed)
-    head_optimizer = optim.settings.of_module(head)
+    head_optimizer = optim.settings.of_head(head)
     if resume:
         state.load_momentum(resume, engine, head, head_optimizer)
     return Trainer(

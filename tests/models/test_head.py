@@ -90,6 +90,11 @@ def _errors(classes: int, dtype: torch.dtype, group_size: int, chunk_rows: int) 
         "bias": relative_error(head.bias.grad, full.bias.grad[held]),
         "log_probabilities": relative_error(head.local_log_probabilities(features), expected[of_group, held]),
     }
+    entries = expected.exp()[mine].gather(1, ids.clamp(min=0))
+    assert evaluated.target_probability is not None
+    errors["target_probability"] = relative_error(
+        evaluated.target_probability, entries.masked_fill(mass == 0, 0.0).sum(1)
+    )
     for k in (1, 5):
         values, places = head.top_k(features, k)
         best, best_places = expected[mine].topk(min(k, classes))

@@ -6,17 +6,21 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
 import scale_wsl.training.metrics as module
+from scale_wsl.models.head import ShardedHead
 from scale_wsl.randomness import generator
 from scale_wsl.training.metrics import (
+    Calibration,
     EvaluationResult,
     Measure,
     average_precision,
     bootstrap_interval,
+    expected_calibration_error,
     frequency_baseline,
     frequency_loss,
     hits,
@@ -129,6 +133,8 @@ def result(with_precision: bool = True) -> EvaluationResult:
     positives[np.arange(images), ids[:, 0]] = True
     return EvaluationResult.of(
         row_loss=draws.random(images),
+        confidence=draws.random(images),
+        target_probability=draws.random(images),
         top_ids=np.argsort(-scores, axis=1)[:, :5],
         ids=ids,
         average_precision=average_precision(scores, positives) if with_precision else None,
@@ -174,10 +180,73 @@ def test_the_table_is_aligned_and_complete() -> None:
 def test_no_images_give_no_figures() -> None:
     empty = EvaluationResult.of(
         row_loss=np.zeros(0),
+        confidence=np.zeros(0),
+        target_probability=np.zeros(0),
         top_ids=np.zeros((0, 5), dtype=np.int64),
         ids=np.zeros((0, 3), dtype=np.int64),
         average_precision=np.full(4, np.nan),
         train_counts=np.ones(4, dtype=np.int64),
     )
     assert math.isnan(empty.top5.model)
+    assert math.isnan(empty.calibration.error)
     assert "nan" in empty.table()
+
+
+# --- calibration -------------------------------------------------------------------------------------------------
+
+
+def test_calibration_error_is_its_formula() -> None:
+    draws = generator("test", 5)
+    confidence, correct = draws.random(103) ** 3, draws.random(103) < 0.3
+    expected, order = 0.0, sorted(range(103), key=lambda image: confidence[image])
+    for number in range(15):
+        chosen = order[number * 103 // 15 : (number + 1) * 103 // 15]
+        assert len(chosen) in (6, 7)
+        expected += len(chosen) / 103 * abs(np.mean(confidence[chosen]) - np.mean(correct[chosen]))
+    assert expected_calibration_error(confidence, correct) == pytest.approx(expected, rel=1e-12)
+
+
+def test_calibration_error_of_models_that_know_and_do_not_know_how_sure_they_are() -> None:
+    confidence = generator("test", 6).random(20_000)
+    correct = generator("test", 7).random(20_000) < confidence
+    assert expected_calibration_error(confidence, correct) < 0.02
+    assert expected_calibration_error(np.sqrt(confidence), correct) == pytest.approx(1 / 6, abs=0.01)  # 2/3 - 1/2
+    assert expected_calibration_error(np.full(10, 0.7), np.arange(10) < 2) > 0.5
+    assert expected_calibration_error(np.array([0.25]), np.array([True])) == 0.75  # fewer images than bins
+
+
+def test_calibration_of_dense_probabilities() -> None:
+    """From what the head says of an image, in float64, against all of its probabilities."""
+    head = ShardedHead(50, 4, dtype=torch.float64)
+    numbers = torch.Generator().manual_seed(0)
+    features = 100 * torch.randn(64, 4, dtype=torch.float64, generator=numbers)
+    ids = torch.stack([torch.randperm(50, generator=numbers)[:3] for _ in range(64)])
+    mass = torch.full((64, 3), 1 / 3)
+    with torch.no_grad():
+        output, (best, top) = head.loss(features, ids, mass), head.top_k(features, 5)
+        p = (features @ head.weight.t() + head.bias).softmax(1).numpy()
+    assert output.target_probability is not None
+    found = EvaluationResult.of(
+        row_loss=output.row_loss.numpy(),
+        confidence=best[:, 0].exp().numpy(),
+        target_probability=output.target_probability.numpy(),
+        top_ids=top.numpy(),
+        ids=ids.numpy(),
+        average_precision=None,
+        train_counts=np.ones(50, dtype=np.int64),
+        resamples=100,
+    )
+    targets = np.zeros_like(p)
+    np.put_along_axis(targets, ids.numpy(), 1.0, axis=1)
+    correct = targets[np.arange(64), p.argmax(1)] > 0
+    assert found.calibration == Calibration(
+        confidence=pytest.approx(p.max(1).mean(), rel=1e-12),
+        accuracy=correct.mean(),
+        error=pytest.approx(expected_calibration_error(p.max(1), correct), rel=1e-12),
+        target_probability=pytest.approx((p * targets).sum(1).mean(), rel=1e-12),
+        perplexity=pytest.approx(np.exp(-(targets / 3 * np.log(p)).sum(1).mean()), rel=1e-6),  # 1/3 is fp32
+    )
+    metrics = found.as_metrics()
+    assert metrics["validation/calibration_error"] == found.calibration.error
+    assert metrics["validation/perplexity"] == found.calibration.perplexity
+    assert f"expected calibration error {found.calibration.error:.3f}" in found.table()
