@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from scale_wsl.checkpoint.layout import Meta, read_meta
 from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.base import EngineConfig
@@ -23,9 +24,9 @@ from scale_wsl.loading.order import Order
 from scale_wsl.models.head import HeadConfig
 from scale_wsl.models.resnext import ModelConfig
 from scale_wsl.recipe import recipe_yaml, section, setting
-from scale_wsl.training import checkpoint, failure
-from scale_wsl.training.checkpoint import CheckpointConfig
+from scale_wsl.training import failure
 from scale_wsl.training.evaluate import EvaluateConfig
+from scale_wsl.training.resume import CheckpointConfig, resume_from
 from scale_wsl.training.schedule import BatchConfig, Duration, LearningRate, OptimConfig, ScheduleConfig
 from scale_wsl.training.tracking import TrackingConfig
 
@@ -75,7 +76,7 @@ class Job:
     total: int  # samples to process in all
     learning_rate: LearningRate
     deepspeed: dict[str, Any] | None
-    resume: tuple[Path, checkpoint.Meta] | None
+    resume: tuple[Path, Meta] | None
     lock: FileLock | None  # rank 0's hold on the run folder, until this process ends
 
     @property
@@ -213,11 +214,11 @@ def _deepspeed(recipe: PretrainRecipe, batch: ds_config.BatchSizes, peak: float)
     )
 
 
-def _resume(recipe: PretrainRecipe, train: Dataset, order: Order) -> tuple[Path, checkpoint.Meta] | None:
-    path = checkpoint.resume_from(recipe.checkpoint, recipe.folder / "checkpoints")
+def _resume(recipe: PretrainRecipe, train: Dataset, order: Order) -> tuple[Path, Meta] | None:
+    path = resume_from(recipe.checkpoint, recipe.folder / "checkpoints")
     if path is None:
         return None
-    meta = checkpoint.read_meta(path)
+    meta = read_meta(path)
     if meta.vocabulary_hash != train.vocabulary_hash:
         raise UserError(
             f"{path} was trained with the vocabulary {meta.vocabulary_hash[:12]}, but {train.folder} has "

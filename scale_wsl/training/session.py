@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from scale_wsl.checkpoint.layout import Meta, newest
 from scale_wsl.engines.base import sgd
 from scale_wsl.engines.build import build_engine
 from scale_wsl.engines.world import World
@@ -14,7 +15,7 @@ from scale_wsl.loading.loader import TrainLoader
 from scale_wsl.models.head import ShardedHead, head_mesh
 from scale_wsl.models.resnext import build_trunk, multiply_adds, parameter_count
 from scale_wsl.recipe import recipe_dict, recipe_yaml
-from scale_wsl.training import checkpoint, state
+from scale_wsl.training import state
 from scale_wsl.training.environment import environment
 from scale_wsl.training.evaluate import Evaluator
 from scale_wsl.training.job import Job
@@ -105,7 +106,7 @@ class Session:
 
     def _save(self, tracker: Tracker) -> None:
         self.trainer.combine_batchnorm(self.recipe.engine.batchnorm)
-        meta = checkpoint.Meta(
+        meta = Meta(
             step=self.trainer.counter.step,
             samples=self.trainer.counter.samples,
             seed=self.recipe.run.seed,
@@ -214,9 +215,9 @@ class Session:
         if not self.world.is_main:
             return
         folder = self.job.folder
-        newest = checkpoint.newest(folder / "checkpoints")
+        path = newest(folder / "checkpoints")
         pictures = sorted((folder / "pictures").glob("*.png"))
-        print(f"checkpoint  {newest}")
+        print(f"checkpoint  {path}")
         if pictures:
             print(f"picture     {pictures[-1]}")
         if self.recipe.tracking.enabled:

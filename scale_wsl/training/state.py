@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from scale_wsl.checkpoint import reader, writer
+from scale_wsl.checkpoint.layout import Meta
 from scale_wsl.engines.base import Engine
 from scale_wsl.models.head import ShardedHead
-from scale_wsl.training import checkpoint
 
 __all__ = ["load_momentum", "load_weights", "save"]
 
@@ -22,7 +23,7 @@ def save(
     engine: Engine,
     head: ShardedHead,
     head_optimizer: torch.optim.Optimizer,
-    meta: checkpoint.Meta,
+    meta: Meta,
     *,
     keep: int,
 ) -> Path:
@@ -32,7 +33,7 @@ def save(
         "head": head.logical_tensors(),
         "momentum": {"trunk": engine.momentum(), "head": _head_momentum(head, head_optimizer)},
     }
-    return checkpoint.save(folder, tensors, meta, keep=keep)
+    return writer.save(folder, tensors, meta, keep=keep)
 
 
 def load_weights(path: Path, trunk: nn.Module, head: ShardedHead) -> None:
@@ -40,7 +41,7 @@ def load_weights(path: Path, trunk: nn.Module, head: ShardedHead) -> None:
 
     To be called before an engine wraps the trunk: DeepSpeed makes its own fp32 copies from what it is given.
     """
-    checkpoint.load_tensors(path, {"trunk": trunk.state_dict(), "head": head.logical_tensors()})
+    reader.load_tensors(path, {"trunk": trunk.state_dict(), "head": head.logical_tensors()})
 
 
 def load_momentum(path: Path, engine: Engine, head: ShardedHead, head_optimizer: torch.optim.Optimizer) -> None:
@@ -49,14 +50,14 @@ def load_momentum(path: Path, engine: Engine, head: ShardedHead, head_optimizer:
     Whole shapes are those of the checkpoint's own weights, which `load_weights` has compared with the trunk's; the
     engine may by now have sharded its parameters.
     """
-    shapes = checkpoint.shapes(path)
+    shapes = reader.shapes(path)
     trunk = {
         name: torch.empty(shapes.get(f"trunk.{name}", ()), dtype=torch.float32, device=parameter.device)
         for name, parameter in engine.trunk.named_parameters()
         if parameter.requires_grad
     }
     momentum = {"trunk": trunk, "head": _head_momentum(head, head_optimizer)}
-    checkpoint.load_tensors(path, {"momentum": momentum})
+    reader.load_tensors(path, {"momentum": momentum})
     engine.load_momentum(trunk)
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from scale_wsl.checkpoint.layout import Meta, read_meta
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.base import EngineConfig, decay_groups, sgd
 from scale_wsl.engines.build import build_engine
@@ -20,7 +21,7 @@ from scale_wsl.loading.decode import normalize
 from scale_wsl.loading.loader import Batch
 from scale_wsl.models.head import ShardedHead, head_mesh
 from scale_wsl.models.resnext import Bottleneck, initialise
-from scale_wsl.training import checkpoint, state
+from scale_wsl.training import state
 from scale_wsl.training.loop import Counter, Trainer
 from scale_wsl.training.preemption import Preemption
 from scale_wsl.training.schedule import LearningRate, OptimConfig
@@ -118,7 +119,7 @@ def make_trainer(
     head = ShardedHead(LABELS, trunk.num_features, mesh=head_mesh(group_size), seed=SEED)
     counter = Counter()
     if resume:
-        meta = checkpoint.read_meta(resume)
+        meta = read_meta(resume)
         counter = Counter(meta.step, meta.samples)
         state.load_weights(resume, trunk, head)
     engine = build_engine(config, trunk, sgd(trunk, **settings), world, deepspeed)
@@ -142,7 +143,7 @@ def make_trainer(
 
 def save(trainer: Trainer, folder: Path) -> Path:
     """Publish a checkpoint of a trainer."""
-    meta = checkpoint.Meta(
+    meta = Meta(
         step=trainer.counter.step,
         samples=trainer.counter.samples,
         seed=SEED,

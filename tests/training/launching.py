@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from scale_wsl.training import checkpoint
+from scale_wsl.checkpoint import layout
 from scale_wsl.training.spool import Spool
 from tests.ranks import free_port
 
@@ -102,7 +102,7 @@ def losses(run: Path) -> dict[int, set[float]]:
 
 def newest_tensors(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of a run's newest checkpoint; rows of a sharded one follow each other in the files' order."""
-    path = checkpoint.newest(run / "checkpoints")
+    path = layout.newest(run / "checkpoints")
     assert path is not None
     pieces: dict[str, list[torch.Tensor]] = defaultdict(list)
     for file in sorted((path / "tensors").iterdir()):

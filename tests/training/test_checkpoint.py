@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from scale_wsl.checkpoint import layout, reader, writer
 from scale_wsl.errors import UserError
-from scale_wsl.training import checkpoint, state
-from scale_wsl.training.checkpoint import CheckpointConfig
+from scale_wsl.training import state
+from scale_wsl.training.resume import CheckpointConfig, resume_from
 from tests.engines import parity
 from tests.ranks import run_ranks
 
@@ -41,12 +42,12 @@ def _train_and_save(folder: Path, writers: list[str]) -> None:
 
 def _resume_and_train(folder: Path) -> dict[tuple[str, str], list[float]]:
     losses = {}
-    for writer, readers in MOVES.items():
-        path = checkpoint.newest(folder / writer)
+    for before, readers in MOVES.items():
+        path = layout.newest(folder / before)
         assert path is not None
-        for reader in readers:
-            trainer = parity.make_trainer(reader, accumulation=1, clip=0.5, batch=BATCH, resume=path)
-            losses[writer, reader] = parity.take_steps(trainer, AFTER)
+        for after in readers:
+            trainer = parity.make_trainer(after, accumulation=1, clip=0.5, batch=BATCH, resume=path)
+            losses[before, after] = parity.take_steps(trainer, AFTER)
     return losses
 
 
@@ -59,8 +60,8 @@ def written_on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_any_engine_goes_on_from_any_other_at_any_world_size(written_on_two_ranks: Path, size: int) -> None:
-    for (writer, reader), losses in run_ranks(_resume_and_train, size, written_on_two_ranks, timeout=600)[0].items():
-        assert losses == pytest.approx(reference()[BEFORE:], rel=1e-5), f"{writer} on 2 ranks -> {reader} on {size}"
+    for (before, after), losses in run_ranks(_resume_and_train, size, written_on_two_ranks, timeout=600)[0].items():
+        assert losses == pytest.approx(reference()[BEFORE:], rel=1e-5), f"{before} on 2 ranks -> {after} on {size}"
 
 
 def _whole_or_in_two_parts(folder: Path) -> dict[str, bool]:
@@ -89,7 +90,7 @@ def test_the_same_engine_on_as_many_ranks_goes_on_bit_for_bit(tmp_path: Path, si
 def test_it_holds_plain_names_and_no_pickle(written_on_two_ranks: Path) -> None:
     from safetensors import safe_open
 
-    path = checkpoint.newest(written_on_two_ranks / "zero3")
+    path = layout.newest(written_on_two_ranks / "zero3")
     assert path is not None
     names = set()
     for file in path.iterdir():
@@ -105,8 +106,8 @@ def test_it_holds_plain_names_and_no_pickle(written_on_two_ranks: Path) -> None:
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
-def _meta(step: int) -> checkpoint.Meta:
-    return checkpoint.Meta(
+def _meta(step: int) -> layout.Meta:
+    return layout.Meta(
         step=step,
         samples=step * 8,
         seed=0,
@@ -125,15 +126,15 @@ def _steps(folder: Path) -> list[int]:
 
 def _save_steps(folder: Path, steps: list[int], keep: int) -> None:
     for step in steps:
-        checkpoint.save(folder, {"head": {"weight": torch.full((3, 2), float(step))}}, _meta(step), keep=keep)
+        writer.save(folder, {"head": {"weight": torch.full((3, 2), float(step))}}, _meta(step), keep=keep)
 
 
 def test_only_the_newest_are_kept_and_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     run_ranks(_save_steps, 1, tmp_path, [1, 2, 10, 10], 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000010"]
-    found = checkpoint.newest(tmp_path)
+    found = layout.newest(tmp_path)
     assert found is not None
-    meta = checkpoint.read_meta(found)
+    meta = layout.read_meta(found)
     assert dataclasses.replace(meta, files={}) == _meta(10)
 
 
@@ -155,10 +156,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
         (newest / "meta.json").write_text(json.dumps(content | {"format": 99}))
     else:
         (newest / "meta.json").write_text(json.dumps(content | {"samples": "many"}))
-    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000001"
+    assert layout.newest(tmp_path) == tmp_path / "step-00000001"
     assert "step-00000002" in caplog.text
     with pytest.raises(UserError, match="step-00000002"):
-        checkpoint.resume_from(CheckpointConfig(resume=str(newest)), tmp_path)
+        resume_from(CheckpointConfig(resume=str(newest)), tmp_path)
 
 
 def test_what_has_just_been_saved_is_kept_beside_later_steps(tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_leftovers_of_a_run_that_died_while_saving_are_no_checkpoint_and_go_at_t
         shutil.copytree(whole, tmp_path / name)
     shutil.copytree(whole, tmp_path / ".step-mine.part")
     whole.rename(tmp_path / ".step-00000001.part")
-    assert checkpoint.newest(tmp_path) is None
+    assert layout.newest(tmp_path) is None
     run_ranks(_save_steps, 1, tmp_path, [7], 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".step-mine.part", "step-00000007"]
 
@@ -183,18 +184,18 @@ def test_leftovers_of_a_run_that_died_while_saving_are_no_checkpoint_and_go_at_t
 def test_a_step_that_was_being_replaced_when_the_run_died_is_whole(tmp_path: Path) -> None:
     run_ranks(_save_steps, 1, tmp_path, [7], 2)
     replaced = (tmp_path / "step-00000007").rename(tmp_path / "step-00000007.old")
-    assert checkpoint.newest(tmp_path) == replaced
+    assert layout.newest(tmp_path) == replaced
     run_ranks(_save_steps, 1, tmp_path, [8], 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000007.old", "step-00000008"]
 
 
 def test_an_earlier_run_is_neither_continued_nor_overwritten_unasked(tmp_path: Path) -> None:
-    assert checkpoint.resume_from(CheckpointConfig(), tmp_path) is None
-    assert checkpoint.resume_from(CheckpointConfig(resume="auto"), tmp_path) is None
+    assert resume_from(CheckpointConfig(), tmp_path) is None
+    assert resume_from(CheckpointConfig(resume="auto"), tmp_path) is None
     run_ranks(_save_steps, 1, tmp_path, [1], 2)
     with pytest.raises(UserError, match="--resume auto"):
-        checkpoint.resume_from(CheckpointConfig(), tmp_path)
-    assert checkpoint.resume_from(CheckpointConfig(resume="auto"), tmp_path) == tmp_path / "step-00000001"
+        resume_from(CheckpointConfig(), tmp_path)
+    assert resume_from(CheckpointConfig(resume="auto"), tmp_path) == tmp_path / "step-00000001"
 
 
 def test_only_the_newest_of_the_runs_own_folder_is_gone_on_from_by_name(
@@ -205,7 +206,7 @@ def test_only_the_newest_of_the_runs_own_folder_is_gone_on_from_by_name(
     run_ranks(_save_steps, 1, other, [9], 3)
 
     def resume(path: Path | str, folder: Path) -> Path | None:
-        return checkpoint.resume_from(CheckpointConfig(resume=str(path)), folder)
+        return resume_from(CheckpointConfig(resume=str(path)), folder)
 
     elsewhere = other / "step-00000009"
     assert resume(elsewhere, tmp_path / "new") == elsewhere
@@ -230,16 +231,16 @@ def test_a_folder_that_cannot_be_read_is_a_users_mistake(
 ) -> None:
     config = CheckpointConfig(resume=resume)
     with pytest.raises(UserError, match=r"cannot look for checkpoints in .*: File name too long"):
-        checkpoint.resume_from(config, tmp_path / ("a" * 300))
+        resume_from(config, tmp_path / ("a" * 300))
     monkeypatch.setattr(Path, "iterdir", _forbidden)  # permissions would not hold an administrator back
     with pytest.raises(UserError, match=r"cannot look for checkpoints in .*: Permission denied"):
-        checkpoint.resume_from(config, tmp_path)
+        resume_from(config, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "a\0b", "nowhere"])
 def test_a_checkpoint_that_cannot_be_read_is_a_users_mistake(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="not a whole checkpoint"):
-        checkpoint.resume_from(CheckpointConfig(resume=name), tmp_path)
+        resume_from(CheckpointConfig(resume=name), tmp_path)
 
 
 def _forbidden(path: Path) -> Iterator[Path]:
@@ -253,7 +254,7 @@ def test_a_file_list_with_impossible_names_is_a_damaged_checkpoint(tmp_path: Pat
     for name in ("a" * 300, "a\0b"):
         (path / "meta.json").write_text(json.dumps(content | {"files": {name: 1}}))
         with pytest.raises(UserError, match="is not whole"):
-            checkpoint.read_meta(path)
+            layout.read_meta(path)
 
 
 @pytest.mark.parametrize("every", ["", "often", "5", "1 hour"])
@@ -264,7 +265,7 @@ def test_how_often_to_save_is_checked_at_once(every: str) -> None:
 
 def _load_other_network(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
     try:
-        checkpoint.load_tensors(path, {name: torch.empty(shape) for name, shape in shapes.items()})
+        reader.load_tensors(path, {name: torch.empty(shape) for name, shape in shapes.items()})
     except UserError as error:
         return str(error)
     return ""
@@ -283,7 +284,7 @@ RICH = ("trunk.bn1.weight", "trunk.bn1.running_mean", "head.weight", "head.bias"
 
 
 def _save_names(folder: Path, names: tuple[str, ...]) -> None:
-    checkpoint.save(folder, {name: torch.ones(3) for name in names}, _meta(1), keep=1)
+    writer.save(folder, {name: torch.ones(3) for name in names}, _meta(1), keep=1)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,7 @@ def _load_momentum_of(folder: Path, lost: str) -> str:
     momentum = {name: torch.ones_like(tensor) for name, tensor in engine.momentum().items() if name != lost}
     head_momentum = {name: torch.ones_like(tensor) for name, tensor in head.logical_tensors().items()}
     tensors = {"trunk": engine.trunk_tensors(), "momentum": {"trunk": momentum, "head": head_momentum}}
-    path = checkpoint.save(folder, tensors, _meta(1), keep=1)
+    path = writer.save(folder, tensors, _meta(1), keep=1)
     try:
         state.load_momentum(path, engine, head, optimizer)
     except UserError as error:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from scale_wsl.checkpoint import layout
 from scale_wsl.errors import UserError
-from scale_wsl.training import checkpoint
 from tests.ranks import run_ranks
 from tests.training.launching import ROOT, TINY
 
@@ -89,7 +89,7 @@ def test_a_vocabulary_that_is_not_the_shards(own_corpus: Path, tmp_path: Path) -
 def test_another_vocabularys_checkpoint(emoji_corpus: Path, tmp_path: Path) -> None:
     (result,) = run_ranks(_main, 1, arguments(emoji_corpus, tmp_path), process_group=False)
     assert result == (0, "")
-    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    newest = layout.newest(tmp_path / "run" / "checkpoints")
     assert newest is not None
     meta = json.loads((newest / "meta.json").read_text())
     (newest / "meta.json").write_text(json.dumps(meta | {"vocabulary_hash": "f" * 64}))
