@@ -1,72 +1,84 @@
-"""Writes a checkpoint aside and publishes it by one rename, after every file has reached the disk."""
+"""Writes files of pieces, and, once all ranks have written theirs, what turns them into a checkpoint.
+
+Nothing here talks to another rank or gives a checkpoint its final name: see `saver` and `layout`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
 import os
-import shutil
+import pickle
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-
-from scale_wsl.checkpoint.layout import LEFTOVER, Meta, checkpoints, remove
+from scale_wsl.checkpoint import index
+from scale_wsl.checkpoint.layout import INDEX, TENSORS, Meta, write_meta
+from scale_wsl.checkpoint.pieces import Box, Piece
+from scale_wsl.checkpoint.stream import write_stream
 from scale_wsl.files import sync_folder
 
-__all__ = ["save"]
+__all__ = ["complete", "write_pieces"]
 
 
-def save(folder: Path, tensors: dict[str, Any], meta: Meta, *, keep: int) -> Path:
-    """Write `folder/step-<step>/` (collective), and of the checkpoints up to this step keep only the newest `keep`.
+def write_pieces(folder: Path, name: str, pieces: Iterable[tuple[Piece, Box]]) -> index.Report:
+    """Write pieces to the new file `name` and flush it to disk; no file where there are no pieces.
 
-    Later steps are left alone: only damaged ones can be there (see `resume_from`), and until the run has passed them
-    they must not cost a whole one its place.
+    Raises:
+        OSError: the disk is full, for one.
+    """
+    report = index.Report()
+    pieces = iter(pieces)
+    first = next(pieces, None)
+    if first is None:
+        return report
+    with open(folder / name, "xb") as file:
+        while first is not None:
+            piece, (_, sizes) = first
+            stream = write_stream(file, piece.values, sizes)
+            chunk = index.Chunk(name, stream.position, piece.start, piece.values.numel(), stream.crc)
+            report.written.append(index.Written(piece.name, chunk, stream))
+            first = next(pieces, None)
+        file.flush()
+        os.fsync(file.fileno())
+        report.files[name] = file.tell()
+    return report
+
+
+def complete(aside: Path, reports: Iterable[index.Report], meta: Meta, files: Mapping[str, bytes]) -> Meta:
+    """Write what stands beside the ranks' files, and flush the folders to disk: the checkpoint is whole then.
 
     Args:
-        folder: the run's checkpoint folder, seen by all ranks.
-        tensors: nested dict of tensors; sharded ones as DTensors, whole ones equal on every rank.
-        meta: without `files`, which is filled in here.
-        keep: see `CheckpointConfig`.
+        aside: the checkpoint's folder, not published yet.
+        reports: of all ranks.
+        meta: without `files` and `hashes`.
+        files: contents of small files that go along, by name.
 
     Returns:
-        The checkpoint's folder.
+        The meta that was written.
+
+    Raises:
+        OSError: the disk is full, for one.
+        ValueError: the reports contradict each other.
     """
-    final = folder / f"step-{meta.step:08d}"
-    aside = folder / f".{final.name}.part"
-    main = dist.get_rank() == 0
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            if LEFTOVER.fullmatch(path.name):  # of a run that died while saving
-                shutil.rmtree(path, ignore_errors=True)
-        (aside / "tensors").mkdir(parents=True)
-    dist.barrier()
-    with torch.no_grad():
-        writer = HuggingFaceStorageWriter(str(aside / "tensors"), save_distributed=True)
-        dcp_save(tensors, storage_writer=writer)
-    dist.barrier()
-    if main:
-        files = {path.name: path.stat().st_size for path in sorted((aside / "tensors").iterdir())}
-        with open(aside / "meta.json", "w", encoding="utf-8") as handle:
-            json.dump(dataclasses.asdict(dataclasses.replace(meta, files=files)), handle, indent=2)
-            handle.flush()
-            os.fsync(handle.fileno())
-        sync_folder(aside / "tensors")
-        sync_folder(aside)
-        replaced = final.with_name(final.name + ".old")
-        if final.exists():  # the same step saved again, by a run that was resumed from an older checkpoint
-            if replaced.exists():
-                remove(replaced)
-            os.rename(final, replaced)
-        os.rename(aside, final)
-        sync_folder(folder)
-        if replaced.exists():
-            remove(replaced)
-        for old in checkpoints(folder, up_to=meta.step)[keep:]:
-            remove(old)
-    dist.barrier()
-    return final
+    tensors, sizes, written = index.merge(reports)
+    with open(aside / TENSORS / ".metadata", "wb") as file:
+        pickle.dump(index.torch_metadata(tensors, written), file)  # for torch's tools; ours never read it
+        file.flush()
+        os.fsync(file.fileno())
+    small = {INDEX: index.dump(tensors), **files}
+    for name, content in small.items():
+        with open(aside / name, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    meta = dataclasses.replace(
+        meta,
+        files={f"{TENSORS}/{name}": size for name, size in sorted(sizes.items())}
+        | {name: len(content) for name, content in small.items()},
+        hashes={name: hashlib.sha256(content).hexdigest() for name, content in small.items()},
+    )
+    write_meta(aside, meta)
+    sync_folder(aside / TENSORS)
+    sync_folder(aside)
+    return meta

@@ -7,17 +7,20 @@ mistake is found in a second and every rank can stop with the same sentence.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from scale_wsl.checkpoint.layout import Meta, read_meta
+from scale_wsl.checkpoint.reader import Checkpoint
 from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.base import EngineConfig
-from scale_wsl.engines.world import World
+from scale_wsl.engines.world import World, agree, same_everywhere
 from scale_wsl.errors import UserError
 from scale_wsl.loading.loader import DataConfig
 from scale_wsl.loading.order import Order
@@ -30,7 +33,9 @@ from scale_wsl.training.resume import CheckpointConfig, resume_from
 from scale_wsl.training.schedule import BatchConfig, Duration, LearningRate, OptimConfig, ScheduleConfig
 from scale_wsl.training.tracking import TrackingConfig
 
-__all__ = ["Job", "PretrainRecipe", "RunConfig", "prepare_job"]
+__all__ = ["Job", "PretrainRecipe", "RunConfig", "prepare_job", "with_intact_checkpoint"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +168,41 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
     )
 
 
+def with_intact_checkpoint(job: Job, world: World) -> Job:
+    """The job, resuming from a checkpoint all of whose bytes have been checked (collective): each rank checks a share.
+
+    With `--resume auto`, a damaged one is named in a warning and the one before it is taken.
+
+    Raises:
+        UserError: the checkpoint that was named is damaged; on every rank alike.
+    """
+    damaged: frozenset[Path] = frozenset()
+    while job.resume is not None:
+        path, _ = job.resume
+        try:
+            with agree(world):
+                _verify(path, world)
+            return job
+        except UserError as error:
+            if job.recipe.checkpoint.resume != "auto":
+                raise
+            if world.is_main:
+                _log.warning("passing over a damaged checkpoint: %s", error)
+            damaged |= {path}
+        with agree(world):
+            job = replace(job, resume=_resume(job.recipe, job.train, job.order, damaged))
+        same_everywhere(world, job.facts())
+    return job
+
+
+def _verify(path: Path, world: World) -> None:
+    opened = Checkpoint.open(path)
+    share = sum(tensor.nbytes for tensor in opened.tensors.values()) // world.size
+    hidden = None if world.is_main else True
+    with tqdm(total=share, desc="checking the checkpoint", unit="B", unit_scale=True, delay=2, disable=hidden) as bar:
+        opened.verify(world.rank, world.size, bar.update)
+
+
 def _take(folder: Path) -> FileLock:
     """Make the run folder and hold it against a second run, which would mix its checkpoints with ours."""
     lock = FileLock(folder / ".lock")
@@ -214,8 +254,10 @@ def _deepspeed(recipe: PretrainRecipe, batch: ds_config.BatchSizes, peak: float)
     )
 
 
-def _resume(recipe: PretrainRecipe, train: Dataset, order: Order) -> tuple[Path, Meta] | None:
-    path = resume_from(recipe.checkpoint, recipe.folder / "checkpoints")
+def _resume(
+    recipe: PretrainRecipe, train: Dataset, order: Order, damaged: frozenset[Path] = frozenset()
+) -> tuple[Path, Meta] | None:
+    path = resume_from(recipe.checkpoint, recipe.folder / "checkpoints", damaged)
     if path is None:
         return None
     meta = read_meta(path)

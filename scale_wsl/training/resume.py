@@ -21,6 +21,10 @@ class CheckpointConfig:
         "1 epoch",
         "how often to save ('500 steps', '1 epoch', '1e6 images', '5 %'); the end and a preemption are always saved",
     )
+    asynchronous: bool = setting(
+        True,
+        "write while training goes on, for one more copy of each rank's share in host memory; false: training waits",
+    )
     keep: int = setting(2, "how many checkpoints to keep, the newest")
     resume: str = setting(
         "",
@@ -33,18 +37,20 @@ class CheckpointConfig:
         Duration.parse(self.every, "checkpoint.every")
 
 
-def resume_from(config: CheckpointConfig, folder: Path) -> Path | None:
+def resume_from(config: CheckpointConfig, folder: Path, besides: frozenset[Path] = frozenset()) -> Path | None:
     """The checkpoint that this run goes on from; None to start afresh.
 
     A run never goes on from elsewhere, or from an older step, beside the checkpoints in its own folder: the newest of
     those would later be taken for its own.
+
+    `besides` are checkpoints that are known to be damaged, which `auto` passes over.
 
     Raises:
         UserError: the run folder has checkpoints but the recipe does not say what to do, or names another one than the
             newest of them; or the named one is not whole.
     """
     if config.resume == "auto":
-        return newest(folder)
+        return newest(folder, besides)
     if config.resume:
         named = Path(config.resume)
         read_meta(named)

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from scale_wsl.checkpoint.layout import Meta, newest
+from scale_wsl.checkpoint.layout import VOCABULARY, Meta, newest
+from scale_wsl.checkpoint.reader import Checkpoint
+from scale_wsl.checkpoint.saver import Saver
 from scale_wsl.engines.base import sgd
 from scale_wsl.engines.build import build_engine
 from scale_wsl.engines.world import World
@@ -33,7 +35,7 @@ def run(job: Job, world: World) -> None:
         session = Session(job, world)
         config, name = job.recipe.tracking, job.recipe.run.name
         tracker = Tracker(config, job.folder, name=name, run_id=session.run_id) if world.is_main else Tracker.null()
-        with tracker:  # leaving it by an error says FAILED
+        with tracker, session.saver:  # leaving the tracker by an error says FAILED
             session.announce(tracker)
             tracker.finish(session.train(preemption, tracker))
         session.close(tracker)
@@ -60,15 +62,25 @@ class Session:
             bias=recipe.head.bias,
             chunk_rows=recipe.head.chunk_rows,
         ).to(world.device)
-        if job.resume:
-            state.load_weights(job.resume[0], trunk, self.head)
+        resumed = Checkpoint.open(job.resume[0]) if job.resume else None
+        if resumed:
+            state.load_weights(resumed, trunk, self.head)
         self.engine = build_engine(recipe.engine, trunk, sgd(trunk, **optim), world, job.deepspeed)
         self.head_optimizer = sgd(self.head, **optim)
         counter, self.run_id = Counter(), ""
-        if job.resume:
-            path, meta = job.resume
-            counter, self.run_id = Counter(meta.step, meta.samples), meta.run_id
-            state.load_momentum(path, self.engine, self.head, self.head_optimizer)
+        if resumed:
+            meta = resumed.meta
+            counter, self.run_id = Counter(meta.step, meta.samples, meta.updates), meta.run_id
+            state.load_momentum(resumed, self.engine, self.head, self.head_optimizer)
+        self.saver = Saver(
+            job.folder / "checkpoints",
+            keep=recipe.checkpoint.keep,
+            asynchronous=recipe.checkpoint.asynchronous,
+            device=world.device,
+        )
+        held = parameter_count(recipe.model) + len(job.train.vocabulary) * (trunk.num_features + recipe.head.bias)
+        self.saver.reserve(2 * 4 * held // world.size)  # weights and momentum in fp32
+        self.vocabulary = (job.train.folder / VOCABULARY).read_bytes()
         self.loader = TrainLoader(
             job.train,
             job.order,
@@ -91,6 +103,7 @@ class Session:
             max_corrupt=recipe.data.max_corrupt,
             seed=recipe.run.seed,
             counter=counter,
+            saver=self.saver,
         )
         self.evaluator = Evaluator(
             self.engine,
@@ -108,6 +121,7 @@ class Session:
         self.trainer.combine_batchnorm(self.recipe.engine.batchnorm)
         meta = Meta(
             step=self.trainer.counter.step,
+            updates=self.trainer.counter.updates,
             samples=self.trainer.counter.samples,
             seed=self.recipe.run.seed,
             vocabulary_hash=self.job.train.vocabulary_hash,
@@ -117,8 +131,8 @@ class Session:
             world_size=self.world.size,
             recipe=self.recipe_text,
         )
-        folder = self.job.folder / "checkpoints"
-        state.save(folder, self.engine, self.head, self.head_optimizer, meta, keep=self.recipe.checkpoint.keep)
+        tensors = state.shards(self.engine, self.head, self.head_optimizer)
+        self.saver.start(tensors, meta, {VOCABULARY: self.vocabulary})
 
     # --- the run -------------------------------------------------------------------------------------------------
 
@@ -140,6 +154,7 @@ class Session:
                     self._report(tracker, bar, steps)
                 if stop and not done:
                     self._save(tracker)
+                    self.saver.wait()
                     return "KILLED"
                 if not done and job.crossed(
                     recipe.schedule.evaluate_every, "schedule.evaluate_every", before, counter.samples
@@ -149,6 +164,7 @@ class Session:
                     self._save(tracker)
             self._evaluate(tracker, bar)
             self._save(tracker)
+            self.saver.wait()
         return "FINISHED"
 
     def _report(self, tracker: Tracker, bar: tqdm[Any], steps: int) -> None:

@@ -12,7 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from scale_wsl.checkpoint.layout import Meta, read_meta
+from scale_wsl.checkpoint.layout import Meta
+from scale_wsl.checkpoint.reader import Checkpoint
+from scale_wsl.checkpoint.saver import Saver
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.base import EngineConfig, decay_groups, sgd
 from scale_wsl.engines.build import build_engine
@@ -119,13 +121,13 @@ def make_trainer(
     head = ShardedHead(LABELS, trunk.num_features, mesh=head_mesh(group_size), seed=SEED)
     counter = Counter()
     if resume:
-        meta = read_meta(resume)
-        counter = Counter(meta.step, meta.samples)
-        state.load_weights(resume, trunk, head)
+        opened = Checkpoint.open(resume)
+        counter = Counter(opened.meta.step, opened.meta.samples, opened.meta.updates)
+        state.load_weights(opened, trunk, head)
     engine = build_engine(config, trunk, sgd(trunk, **settings), world, deepspeed)
     head_optimizer = sgd(head, **settings)
     if resume:
-        state.load_momentum(resume, engine, head, head_optimizer)
+        state.load_momentum(opened, engine, head, head_optimizer)
     return Trainer(
         engine=engine,
         head=head,
@@ -145,6 +147,7 @@ def save(trainer: Trainer, folder: Path) -> Path:
     """Publish a checkpoint of a trainer."""
     meta = Meta(
         step=trainer.counter.step,
+        updates=trainer.counter.updates,
         samples=trainer.counter.samples,
         seed=SEED,
         vocabulary_hash="v",
@@ -154,7 +157,9 @@ def save(trainer: Trainer, folder: Path) -> Path:
         world_size=trainer.world.size,
         recipe="",
     )
-    return state.save(folder, trainer.engine, trainer.head, trainer.head_optimizer, meta, keep=2)
+    with Saver(folder, keep=2) as saver:
+        saver.start(state.shards(trainer.engine, trainer.head, trainer.head_optimizer), meta)
+    return folder / f"step-{meta.step:08d}"
 
 
 def take_steps(trainer: Trainer, steps: int) -> list[float]:
