@@ -42,6 +42,7 @@ __all__ = [
     "VOCABULARY",
     "Meta",
     "aside_of",
+    "candidates",
     "checkpoints",
     "find",
     "newest",
@@ -203,23 +204,38 @@ def newest(folder: Path, besides: frozenset[Path] = frozenset()) -> Path | None:
     return None
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that a user means: its own folder, or the newest whole one of a run's folder or `checkpoints/`.
+def candidates(path: Path) -> list[Path]:
+    """The checkpoints that a path names: itself, or all published ones of a run's folder or of its `checkpoints/`.
 
     Raises:
         UserError: there is none.
     """
     try:
-        if (path / _META).is_file() or not path.is_dir():
-            read_meta(path)
-            return path
+        if (path / _META).is_file() or _NAME.fullmatch(path.name) or not path.is_dir():
+            return [path]
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot look for a checkpoint in {path}: {error}") from None
-    found = newest(folder)
-    if found is None:
-        raise UserError(f"there is no whole checkpoint in {folder}: name a step's folder, or the folder of a run")
+    except OSError as error:
+        raise UserError(f"cannot look for a checkpoint in {path}: {error.strerror}") from None
+    found = checkpoints(folder)
+    if not found:
+        raise UserError(f"there is no checkpoint in {folder}: name a step's folder, or the folder of a run")
     return found
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that a path names: itself, or the newest whole one of a run's folder or of its `checkpoints/`.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = candidates(path)
+    if found == [path]:
+        read_meta(path)
+        return path
+    whole = newest(found[0].parent)
+    if whole is None:
+        raise UserError(f"no checkpoint in {found[0].parent} is whole")
+    return whole
 
 
 # --- publishing --------------------------------------------------------------------------------------------------

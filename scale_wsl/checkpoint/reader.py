@@ -149,7 +149,7 @@ class Checkpoint:
         Args:
             rank: which share, of `size` that are checked elsewhere.
             size: shares.
-            progress: told how many more bytes are done, from several threads.
+            progress: told how many more bytes are done, from one thread at a time.
 
         Returns:
             Bytes checked.
@@ -167,7 +167,7 @@ class Checkpoint:
             if (before + nbytes // 2) * size // total == rank:
                 mine.append((name, chunk, nbytes))
             before += nbytes
-        buffers = threading.local()
+        buffers, turn = threading.local(), threading.Lock()
 
         def damage(entry: tuple[str, index.Chunk, int]) -> str:
             name, chunk, nbytes = entry
@@ -180,7 +180,8 @@ class Checkpoint:
                         block = buffers.block[: min(_BLOCK, nbytes - start)]
                         self._read_into(file, block, chunk.position + start, name, chunk)
                         crc = zlib.crc32(block, crc)
-                        progress(block.nbytes)
+                        with turn:
+                            progress(block.nbytes)
             except UserError as error:
                 return str(error)
             if crc != chunk.crc:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from filelock import FileLock
 
 from scale_wsl.checkpoint import layout
 from scale_wsl.errors import UserError
+from tests.checkpoint import states
 from tests.ranks import run_ranks
 from tests.training.launching import ROOT, TINY
 
@@ -91,11 +91,11 @@ def test_another_vocabularys_checkpoint(emoji_corpus: Path, tmp_path: Path) -> N
     assert result == (0, "")
     newest = layout.newest(tmp_path / "run" / "checkpoints")
     assert newest is not None
-    meta = json.loads((newest / "meta.json").read_text())
-    (newest / "meta.json").write_text(json.dumps(meta | {"vocabulary_hash": "f" * 64}))
+    meta = (newest / "meta.json").read_bytes()
+    states.rewrite_meta(newest, vocabulary_hash="f" * 64)
     sentence = mistake(["--resume", "auto", *arguments(emoji_corpus, tmp_path)])
     assert "vocabulary ffffffffffff" in sentence
-    (newest / "meta.json").write_text(json.dumps(meta))
+    (newest / "meta.json").write_bytes(meta)
     assert "run.seed" in mistake(["--resume", str(newest), *arguments(emoji_corpus, tmp_path, "run.seed=7")])
     assert "--resume auto" in mistake(arguments(emoji_corpus, tmp_path))
     other_network = mistake(["--resume", str(newest), *arguments(emoji_corpus, tmp_path, "model.width=8")])
