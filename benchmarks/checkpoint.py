@@ -146,7 +146,7 @@ def ours(state: State, folder: Path, saves: int, bar: tqdm[Any]) -> dict[str, li
         Saver(folder / "blocking", keep=1, asynchronous=False) as blocking,
         Saver(folder / "asynchronous", keep=1) as saver,
     ):
-        saver.reserve(state.nbytes + (1 << 20))
+        saver.reserve(state.nbytes)
         for number in range(saves + 1):
             kept: dict[str, list[float]] = found if number else {key: [] for key in found}  # the first warms up
             steps = [plain_step(state) for _ in range(3)]

@@ -16,7 +16,7 @@ import shutil
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -99,19 +99,24 @@ class Saver:
         final = self.folder / f"step-{meta.step:08d}"
         files = files or {}
         if not self.asynchronous:
-            self._failure = self._save(final, meta, files, lambda: self._write_at_once(aside_of(final), shards))
+            with ThreadPoolExecutor(_THREADS) as threads:
+                self._failure = self._save(
+                    final, meta, files, lambda: self._write_at_once(threads, aside_of(final), shards)
+                )
             self._raise()
             return
         report, pieces, later = self._stage(shards)
         self._staged.clear()
 
         def job() -> None:
-            try:
+            with ThreadPoolExecutor(_THREADS) as threads:
+                try:
+                    _, problem = _attempt(lambda: self._copy(threads, later))
+                finally:
+                    self._staged.set()
                 self._failure = self._save(
-                    final, meta, files, lambda: self._write_staged(aside_of(final), report, pieces, later)
+                    final, meta, files, lambda: self._write(threads, aside_of(final), 0, report, pieces), problem
                 )
-            finally:
-                self._staged.set()
 
         self._thread = threading.Thread(target=job, name="checkpoint")
         self._thread.start()
@@ -198,24 +203,17 @@ class Saver:
                 self._copied = self._copies.record_event()
         return report, pieces, later
 
-    def _write_staged(
-        self,
-        aside: Path,
-        report: index.Report,
-        pieces: list[tuple[Piece, Box]],
-        later: list[tuple[Tensor, Tensor]],
-    ) -> index.Report:
-        """Finish copying, and write the copies; runs beside training."""
-        with ThreadPoolExecutor(_THREADS) as threads:
-            if self._copies is not None:
-                self._copies.synchronize()
-            else:
-                for _ in threads.map(lambda pair: pair[0].copy_(pair[1]), _in_blocks(later)):
-                    pass
-            self._staged.set()
-            return _join([report, *self._write(threads, aside, 0, pieces)])
+    def _copy(self, threads: ThreadPoolExecutor, later: list[tuple[Tensor, Tensor]]) -> None:
+        """Copy what lasts; runs beside training."""
+        if self._copies is not None:
+            self._copies.synchronize()  # it has been told to; see `_stage`
+        else:
+            for _ in threads.map(lambda pair: pair[0].copy_(pair[1]), _in_blocks(later)):
+                pass
 
-    def _write_at_once(self, aside: Path, shards: Iterable[tuple[str, FlatShard]]) -> index.Report:
+    def _write_at_once(
+        self, threads: ThreadPoolExecutor, aside: Path, shards: Iterable[tuple[str, FlatShard]]
+    ) -> index.Report:
         """Write without a copy: what does not last as it comes, then the rest with several threads."""
         report, lasting = index.Report(), []
 
@@ -234,13 +232,28 @@ class Saver:
         finally:
             for _ in coming:  # to make a shard can be a collective, which this rank must not leave
                 pass
-        with ThreadPoolExecutor(_THREADS) as threads:
-            return _join([report, passed, *self._write(threads, aside, 1, lasting)])
+        return _join([passed, self._write(threads, aside, 1, report, lasting)])
 
     def _write(
-        self, threads: ThreadPoolExecutor, aside: Path, number: int, pieces: list[tuple[Piece, Box]]
-    ) -> list[index.Report]:
-        """Write pieces that last, a file for each thread; a file gets the next largest piece when it has the least."""
+        self,
+        threads: ThreadPoolExecutor,
+        aside: Path,
+        number: int,
+        report: index.Report,
+        pieces: list[tuple[Piece, Box]],
+    ) -> index.Report:
+        """Write pieces that last, a file for each thread; a file gets the next largest piece when it has the least.
+
+        Args:
+            threads: that write.
+            aside: the checkpoint's folder.
+            number: of this rank's first file.
+            report: of the tensors that the pieces are of.
+            pieces: in any order.
+
+        Returns:
+            The report with what was written.
+        """
         shares: list[list[tuple[Piece, Box]]] = [[] for _ in range(_THREADS)]
         sizes = [0] * _THREADS
         for piece, box in sorted(pieces, key=lambda entry: -entry[0].nbytes):
@@ -251,7 +264,8 @@ class Saver:
         for place, share in enumerate(shares):
             on_host = ((replace(piece, values=piece.values.cpu()), box) for piece, box in share)
             written.append(threads.submit(write_pieces, aside / TENSORS, self._file(number + place), on_host))
-        return [future.result() for future in written]
+        wait(written)  # all of them: after an error nothing must be written any more
+        return _join([report, *(future.result() for future in written)])
 
     def _file(self, number: int) -> str:
         return f"__{self._rank}_{number}.distcp"
@@ -259,18 +273,25 @@ class Saver:
     # --- all ranks together --------------------------------------------------------------------------------------
 
     def _save(
-        self, final: Path, meta: Meta, files: Mapping[str, bytes], write: Callable[[], index.Report]
+        self,
+        final: Path,
+        meta: Meta,
+        files: Mapping[str, bytes],
+        write: Callable[[], index.Report],
+        problem: _Problem | None = None,
     ) -> Exception | None:
-        """Write this rank's share by `write`, and publish everybody's (collective); returns what went wrong."""
+        """Write this rank's share by `write`, and publish everybody's (collective); returns what went wrong.
+
+        `problem` is what has gone wrong on this rank already.
+        """
         aside = aside_of(final)
         main = self._rank == 0
         try:
-            _, problem = _attempt(lambda: _open(aside) if main else None)
-            if failure := self._failure_of(problem, final):
-                self._staged.set()
-                return failure
-            report, problem = _attempt(write)
-            failure = self._failure_of(problem, final)
+            _, unopened = _attempt(lambda: _open(aside) if main else None)
+            failure = self._failure_of(problem or unopened, final)
+            if failure is None:
+                report, problem = _attempt(write)
+                failure = self._failure_of(problem, final)
             if failure is None:
                 reports = self._gather(report)
                 _, problem = _attempt(

@@ -14,6 +14,7 @@ __all__ = ["Staging"]
 
 _ALIGNMENT = 64  # bytes; a cache line
 _BLOCK = 256 << 20  # bytes of a block at least
+_SLACK = 4 << 20  # bytes more than were asked for: for alignment
 
 
 class Staging:
@@ -38,7 +39,7 @@ class Staging:
         """Begin to get this much memory ready in the background; to be called once, before anything is taken."""
 
         def touch() -> None:
-            self._blocks.append(self._allocate(nbytes))
+            self._blocks.append(self._allocate(nbytes + _SLACK))
             self._blocks[-1].zero_()
 
         self._touching = threading.Thread(target=touch, name="checkpoint-staging")

@@ -163,5 +163,5 @@ def _memory(folder: Path) -> list[int]:
 
 def test_host_memory_is_got_once(tmp_path: Path) -> None:
     (held,) = run_ranks(_memory, 1, tmp_path)
-    assert held == [20 << 20, 20 << 20]
+    assert held == [24 << 20, 24 << 20]
     assert states.differing(states.contents(tmp_path / "step-00000002"), states.tensors(2)) == []
