@@ -74,7 +74,23 @@ class Checkpoint:
         if not 0 <= start <= stop <= _elements(stored.shape):
             raise ValueError(f"{name} has no elements {start} to {stop}")
         values = torch.empty(stop - start, dtype=DTYPES[stored.dtype].dtype)
-        into, size = raw_bytes(values), stored.itemsize
+        self._read_range(name, stored, start, values)
+        return values
+
+    @torch.no_grad()
+    def load(self, shards: Mapping[str, FlatShard]) -> None:
+        """Fill all shards in place, after `check`; straight into their memory where that is the CPU's."""
+        self.check({name: shard.shape for name, shard in shards.items()})
+        for name, shard in shards.items():
+            stored = self.tensors[name]
+            if shard.local.device.type == "cpu" and shard.local.dtype == DTYPES[stored.dtype].dtype:
+                self._read_range(name, stored, shard.start, shard.local)
+            else:
+                shard.fill(name, self)
+
+    def _read_range(self, name: str, stored: index.StoredTensor, start: int, values: Tensor) -> None:
+        """Read as many elements from `start` as there is room for; 1-D, contiguous, on the CPU."""
+        into, size, stop = raw_bytes(values), stored.itemsize, start + values.numel()
         starts = self._starts.setdefault(name, [chunk.start for chunk in stored.chunks])
         for chunk in stored.chunks[max(0, bisect.bisect_right(starts, start) - 1) :]:
             if chunk.start >= stop:
@@ -84,13 +100,6 @@ class Checkpoint:
                 with self._opened(chunk.file) as file:
                     place = chunk.position + (first - chunk.start) * size
                     self._read_into(file, into[(first - start) * size : (last - start) * size], place, name, chunk)
-        return values
-
-    def load(self, shards: Mapping[str, FlatShard]) -> None:
-        """Fill all shards in place, after `check`."""
-        self.check({name: shard.shape for name, shard in shards.items()})
-        for name, shard in shards.items():
-            shard.fill(name, self)
 
     def check(self, shapes: Mapping[str, torch.Size | tuple[int, ...]]) -> None:
         """Make sure that this is the checkpoint of a network with exactly these tensors.
