@@ -50,7 +50,8 @@ class Checkpoint:
             UserError: it is not whole, or says what cannot be.
         """
         meta = read_meta(path)
-        sizes = {name.removeprefix(f"{TENSORS}/"): size for name, size in meta.files.items() if TENSORS in name}
+        prefix = f"{TENSORS}/"
+        sizes = {name.removeprefix(prefix): size for name, size in meta.files.items() if name.startswith(prefix)}
         try:
             text = (path / INDEX).read_bytes()
         except OSError as error:

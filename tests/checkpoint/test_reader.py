@@ -97,3 +97,11 @@ def test_ranks_check_about_equal_shares_that_are_everything(saved_on_three: Path
         assert sum(shares) == total == sum(told)
         largest = max(chunk.length * t.itemsize for t in checkpoint.tensors.values() for chunk in t.chunks)
         assert max(shares) <= total / size + largest
+
+
+def test_other_types_are_converted(saved_on_three: Path) -> None:
+    expected = states.tensors(1)["head.weight"]
+    for dtype in (torch.float64, torch.bfloat16):
+        shard = FlatShard(torch.zeros(7, dtype=dtype), expected.shape, 3)
+        Checkpoint.open(saved_on_three).load({"head.weight": shard} | {"head.bias": FlatShard.whole(torch.zeros(5))})
+        assert torch.equal(shard.local, expected.view(-1)[3:10].to(dtype))
