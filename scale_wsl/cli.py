@@ -4,6 +4,7 @@ scale-wsl prepare emoji
 scale-wsl prepare photos/ --out data/photos prepare.min_count=20
 scale-wsl vocab explain brownbear --vocabulary data/emoji
 scale-wsl track replay runs/emoji
+scale-wsl checkpoint export runs/emoji --out exported
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from scale_wsl.commands import checkpoint, nothing_else
 from scale_wsl.errors import UserError
 from scale_wsl.recipe import describe, load_recipe, section
 from scale_wsl.training.failure import exit_code_of
@@ -26,13 +28,14 @@ from scale_wsl.training.failure import exit_code_of
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Prepare hashtagged images for pretraining, look at vocabularies, send what MLflow missed. Training itself is
-recipes/pretrain.py.
+Prepare hashtagged images for pretraining, look at vocabularies, send what MLflow missed, look at, check and export
+checkpoints. Training itself is recipes/pretrain.py.
 
   scale-wsl prepare emoji
   scale-wsl prepare photos/ --out data/photos prepare.min_count=20
   scale-wsl vocab explain brownbear --vocabulary data/emoji
   scale-wsl track replay runs/emoji
+  scale-wsl checkpoint export runs/emoji --out exported
 """
 
 
@@ -49,11 +52,6 @@ def _leave(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _nothing_else(extra: list[str]) -> None:
-    if extra:
-        raise UserError(f"{extra[0]} means nothing here; --help lists what there is")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scale-wsl",
@@ -65,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     _add_vocab(commands)
     _add_track(commands)
+    checkpoint.add(commands)
     return parser
 
 
@@ -112,7 +111,7 @@ def _add_prepare(commands: Any) -> None:
 
 def _prepare(arguments: argparse.Namespace, extra: list[str]) -> None:
     options = [word for word in extra if word.startswith("-")]
-    _nothing_else(options)  # settings may follow options: argparse leaves those to `extra`
+    nothing_else(options)  # settings may follow options: argparse leaves those to `extra`
     from scale_wsl.corpus.prepare import prepare
     from scale_wsl.corpus.sources import SOURCES, source_class
 
@@ -143,7 +142,7 @@ def _add_vocab(commands: Any) -> None:
 
 
 def _explain(arguments: argparse.Namespace, extra: list[str]) -> None:
-    _nothing_else(extra)
+    nothing_else(extra)
     from scale_wsl.hashtags.explain import explain
     from scale_wsl.hashtags.vocabulary import Vocabulary
     from scale_wsl.hashtags.wordnet import WordNet
@@ -185,7 +184,7 @@ def _add_track(commands: Any) -> None:
 
 
 def _replay(arguments: argparse.Namespace, extra: list[str]) -> None:
-    _nothing_else(extra)
+    nothing_else(extra)
     from scale_wsl.training.tracking import replay
 
     sent = replay(arguments.run_folder, arguments.uri)

@@ -41,6 +41,9 @@ class FlatShard:
         start: the first element's place in the whole tensor.
         copies: ranks that hold these same elements, this one included.
         copy: which of them this rank is, counted from 0.
+        lasting: the values stay as they are until the next update of the weights; otherwise only until the next forward
+            pass (BatchNorm statistics), or until the next shard is taken (what was gathered for this one). A checkpoint
+            copies lasting ones while the next step is already computing.
     """
 
     local: Tensor
@@ -48,22 +51,17 @@ class FlatShard:
     start: int = 0
     copies: int = 1
     copy: int = 0
+    lasting: bool = False
 
     @classmethod
-    def whole(cls, tensor: Tensor, copies: int = 1, copy: int = 0) -> FlatShard:
+    def whole(cls, tensor: Tensor, copies: int = 1, copy: int = 0, *, lasting: bool = False) -> FlatShard:
         """A tensor that this rank holds entirely; it must be contiguous."""
-        return cls(tensor.detach().view(-1), tensor.shape, 0, copies, copy)
+        return cls(tensor.detach().view(-1), tensor.shape, 0, copies, copy, lasting)
 
     @property
     def stop(self) -> int:
         """One past the last element's place in the whole tensor."""
         return self.start + self.local.numel()
-
-    @property
-    def owned(self) -> FlatShard:
-        """The part of it that this rank is to write, so that all holders together write each element once."""
-        first, last = even_range(self.local.numel(), self.copies, self.copy)
-        return FlatShard(self.local[first:last], self.shape, self.start + first)
 
     @torch.no_grad()
     def fill(self, name: str, source: Source) -> None:

@@ -189,14 +189,20 @@ class Engine(abc.ABC):
     def _set_updates(self, updates: int) -> None:
         self.settings.set_updates(self.optimizer, updates)
 
-    def _copied(self, tensor: Tensor) -> FlatShard:
+    def _copied(self, tensor: Tensor, *, lasting: bool = True) -> FlatShard:
         """A tensor that every rank holds whole."""
-        return FlatShard.whole(tensor, self.world.size, self.world.rank)
+        return FlatShard.whole(tensor, self.world.size, self.world.rank, lasting=lasting)
+
+    def _buffers(self) -> Iterator[tuple[str, FlatShard]]:
+        """Statistics, which every rank holds whole, and which change with the next forward pass."""
+        for name, buffer in self.trunk.named_buffers():
+            yield name, self._copied(buffer, lasting=False)
 
     def _whole_weights(self) -> Iterator[tuple[str, FlatShard]]:
         """`weights` for engines in which every rank holds the whole trunk."""
-        for name, tensor in (*self.trunk.named_parameters(), *self.trunk.named_buffers()):
-            yield name, self._copied(tensor)
+        for name, parameter in self.trunk.named_parameters():
+            yield name, self._copied(parameter)
+        yield from self._buffers()
 
     def _whole_state(self) -> Iterator[tuple[str, FlatShard]]:
         """`optimizer_state` for engines in which every rank holds all of it."""

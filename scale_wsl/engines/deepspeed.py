@@ -205,11 +205,10 @@ class DeepSpeedEngine(Engine):
             away = parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
             if away:
                 parameter.nvme_swapper.swap_in([parameter], async_op=False)  # type: ignore[attr-defined]
-            yield name, self._partition_of(parameter, parameter.ds_tensor)  # type: ignore[attr-defined]
+            yield name, self._partition_of(parameter, parameter.ds_tensor, lasting=not away)  # type: ignore[attr-defined]
             if away:
                 parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])  # type: ignore[attr-defined]
-        for name, buffer in self.trunk.named_buffers():
-            yield name, self._copied(buffer)
+        yield from self._buffers()
 
     def optimizer_state(self, *, write: bool = False) -> Iterator[tuple[str, FlatShard]]:
         """See `Engine.optimizer_state`."""
@@ -219,20 +218,20 @@ class DeepSpeedEngine(Engine):
         for name, parameter in self.parameters.items():
             for key, state in self.settings.states.items():
                 if self.stage == 3:
-                    with self._stepped_by_zero3(parameter, key, write) as buffer:
-                        yield f"{state}.{name}", self._partition_of(parameter, buffer)
+                    with self._stepped_by_zero3(parameter, key, write) as (buffer, lasting):
+                        yield f"{state}.{name}", self._partition_of(parameter, buffer, lasting=lasting)
                 else:
                     yield f"{state}.{name}", self._stepped_by_zero2(parameter, self.shapes[name], key)
 
-    def _partition_of(self, parameter: Any, flat: Tensor) -> FlatShard:
+    def _partition_of(self, parameter: Any, flat: Tensor, *, lasting: bool) -> FlatShard:
         """ZeRO-3: partitions are padded to a common length, and the last ranks' go past the parameter's end."""
         start = min(self.world.rank * flat.numel(), parameter.ds_numel)
         stop = min(start + flat.numel(), parameter.ds_numel)
-        return FlatShard(flat.detach()[: stop - start], parameter.ds_shape, start)
+        return FlatShard(flat.detach()[: stop - start], parameter.ds_shape, start, lasting=lasting)
 
     @contextmanager
-    def _stepped_by_zero3(self, parameter: Any, key: str, write: bool) -> Iterator[Tensor]:
-        """This rank's partition of a parameter's state, fetched from disk and put back where it lives there."""
+    def _stepped_by_zero3(self, parameter: Any, key: str, write: bool) -> Iterator[tuple[Tensor, bool]]:
+        """This rank's partition of a parameter's state, and whether it stays: where it lives on disk, it goes back."""
         zero = self.zero
         group = zero.grad_position[zero.get_param_id(parameter)][0]
         on_disk = zero._swappable_optimizer_subgroup(group)
@@ -242,7 +241,7 @@ class DeepSpeedEngine(Engine):
         self.settings.state_tensor(self.optimizer, zero.fp32_partitioned_groups_flat[group], key)
         _, offset, length = zero.grad_position[zero.get_param_id(parameter)]
         flat = self.optimizer.state[zero.fp32_partitioned_groups_flat[group]][key]
-        yield flat.narrow(0, offset, length)
+        yield flat.narrow(0, offset, length), not on_disk
         if on_disk and (write or new):
             zero._optimizer_states_and_gradient_swap_out(group)
         elif on_disk:
@@ -256,4 +255,4 @@ class DeepSpeedEngine(Engine):
         flat = self.zero.single_partition_of_fp32_groups[fragment.param_group_index]
         buffer = self.settings.state_tensor(self.optimizer, flat, key)
         of_parameter, of_flat = fragment.lp_fragment_address, fragment.hp_fragment_address
-        return FlatShard(buffer.narrow(0, of_flat.start, of_flat.numel), shape, of_parameter.start)
+        return FlatShard(buffer.narrow(0, of_flat.start, of_flat.numel), shape, of_parameter.start, lasting=True)

@@ -111,8 +111,8 @@ class FairscaleEngine(Engine):
         for name, parameter in self.parameters.items():
             # After an evaluation the root's parameters are whole ones, beside their shards.
             yield name, self._shard(parameter, getattr(parameter, "_fp32_shard", parameter))
-        for name, buffer in self.trunk.named_buffers():
-            yield plain_name(name), self._copied(buffer)
+        for name, shard in self._buffers():
+            yield plain_name(name), shard
 
     def optimizer_state(self, *, write: bool = False) -> Iterator[tuple[str, FlatShard]]:
         """See `Engine.optimizer_state`."""
@@ -126,10 +126,10 @@ class FairscaleEngine(Engine):
         """Shards are padded to a common length: the last ranks' go past the parameter's end."""
         flat, shape = local.detach().view(-1), parameter._orig_size
         if not parameter._is_sharded:
-            return FlatShard(flat, shape)
+            return FlatShard(flat, shape, lasting=True)
         start = min(self.world.rank * flat.numel(), shape.numel())
         stop = min(start + flat.numel(), shape.numel())
-        return FlatShard(flat[: stop - start], shape, start)
+        return FlatShard(flat[: stop - start], shape, start, lasting=True)
 
 
 def _materialise_rest(trunk: nn.Module, source: Source, device: torch.device) -> None:

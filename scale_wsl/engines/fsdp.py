@@ -133,8 +133,9 @@ class FSDPEngine(Engine):
 
     def weights(self) -> Iterator[tuple[str, FlatShard]]:
         """See `Engine.weights`."""
-        for name, tensor in (*self.trunk.named_parameters(), *self.trunk.named_buffers()):
-            yield name, self._shard(tensor)
+        for name, parameter in self.trunk.named_parameters():
+            yield name, self._shard(parameter)
+        yield from self._buffers()
 
     def optimizer_state(self, *, write: bool = False) -> Iterator[tuple[str, FlatShard]]:
         """See `Engine.optimizer_state`."""
@@ -152,7 +153,7 @@ class FSDPEngine(Engine):
         rows = -(-tensor.shape[0] // ranks)  # as torch.chunk cuts
         start = min(rank * rows, tensor.shape[0]) * tensor.shape[1:].numel()
         replica = self.world.rank // ranks
-        return FlatShard(local.view(-1), tensor.shape, start, self.replicas, replica)
+        return FlatShard(local.view(-1), tensor.shape, start, self.replicas, replica, lasting=True)
 
 
 def _mesh(world: World, ranks: int) -> DeviceMesh:

@@ -7,18 +7,22 @@ mistake is found in a second and every rank can stop with the same sentence.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
+from scale_wsl.checkpoint.layout import Meta, read_meta
+from scale_wsl.checkpoint.reader import Checkpoint
 from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.config import EngineConfig
 from scale_wsl.engines.fairscale import require_fairscale
-from scale_wsl.engines.world import World
+from scale_wsl.engines.world import World, agree, same_everywhere
 from scale_wsl.errors import UserError
 from scale_wsl.loading.loader import DataConfig
 from scale_wsl.loading.order import Order
@@ -26,14 +30,15 @@ from scale_wsl.models.head import HeadConfig
 from scale_wsl.models.head_group import check_group_size, ranks_per_node
 from scale_wsl.models.resnext import ModelConfig
 from scale_wsl.recipe import recipe_yaml, section, setting
-from scale_wsl.training import checkpoint, failure
-from scale_wsl.training.checkpoint import CheckpointConfig
+from scale_wsl.training import failure
 from scale_wsl.training.evaluate import EvaluateConfig
+from scale_wsl.training.resume import CheckpointConfig, resume_from
 from scale_wsl.training.schedule import BatchConfig, Duration, LearningRate, OptimConfig, ScheduleConfig
 from scale_wsl.training.tracking import TrackingConfig
 
-__all__ = ["OFFLOADED", "Job", "PretrainRecipe", "RunConfig", "prepare_job"]
+__all__ = ["OFFLOADED", "Job", "PretrainRecipe", "RunConfig", "prepare_job", "with_intact_checkpoint"]
 
+_log = logging.getLogger(__name__)
 
 OFFLOADED = "offloaded"  # in the run folder: what DeepSpeed keeps on disk while it trains
 
@@ -81,7 +86,7 @@ class Job:
     total: int  # samples to process in all
     learning_rate: LearningRate
     deepspeed: dict[str, Any] | None
-    resume: tuple[Path, checkpoint.Meta] | None
+    resume: tuple[Path, Meta] | None
     lock: FileLock | None  # rank 0's hold on the run folder, until this process ends
 
     @property
@@ -140,8 +145,8 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
     check_group_size(recipe.head.group_size, world.size)
     if recipe.head.sampled and recipe.optim.name != "sgd":
         raise UserError(
-            f"head.sampled is {recipe.head.sampled}, but optim.name is {recipe.optim.name}: sampled rows can be updated "
-            "by SGD only; set head.sampled=0 or optim.name=sgd"
+            f"head.sampled is {recipe.head.sampled}, but optim.name is {recipe.optim.name}: sampled rows can be "
+            "updated by SGD only; set head.sampled=0 or optim.name=sgd"
         )
     recipe.engine.check_groups(world.size)
     if recipe.engine.name == "fairscale":
@@ -172,6 +177,41 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
         resume=_resume(recipe, train, order),
         lock=_take(recipe.folder) if world.is_main else None,
     )
+
+
+def with_intact_checkpoint(job: Job, world: World) -> Job:
+    """The job, resuming from a checkpoint all of whose bytes have been checked (collective): each rank checks a share.
+
+    With `--resume auto`, a damaged one is named in a warning and the one before it is taken.
+
+    Raises:
+        UserError: the checkpoint that was named is damaged; on every rank alike.
+    """
+    damaged: frozenset[Path] = frozenset()
+    while job.resume is not None:
+        path, _ = job.resume
+        try:
+            with agree(world):
+                _verify(path, world)
+            return job
+        except UserError as error:
+            if job.recipe.checkpoint.resume != "auto":
+                raise
+            if world.is_main:
+                _log.warning("passing over a damaged checkpoint: %s", error)
+            damaged |= {path}
+        with agree(world):
+            job = replace(job, resume=_resume(job.recipe, job.train, job.order, damaged))
+        same_everywhere(world, job.facts())
+    return job
+
+
+def _verify(path: Path, world: World) -> None:
+    opened = Checkpoint.open(path)
+    share = sum(tensor.nbytes for tensor in opened.tensors.values()) // world.size
+    hidden = None if world.is_main else True
+    with tqdm(total=share, desc="checking the checkpoint", unit="B", unit_scale=True, delay=2, disable=hidden) as bar:
+        opened.verify(world.rank, world.size, bar.update)
 
 
 def _take(folder: Path) -> FileLock:
@@ -223,11 +263,13 @@ def _deepspeed(recipe: PretrainRecipe, batch: ds_config.BatchSizes, peak: float)
     )
 
 
-def _resume(recipe: PretrainRecipe, train: Dataset, order: Order) -> tuple[Path, checkpoint.Meta] | None:
-    path = checkpoint.resume_from(recipe.checkpoint, recipe.folder / "checkpoints")
+def _resume(
+    recipe: PretrainRecipe, train: Dataset, order: Order, damaged: frozenset[Path] = frozenset()
+) -> tuple[Path, Meta] | None:
+    path = resume_from(recipe.checkpoint, recipe.folder / "checkpoints", damaged)
     if path is None:
         return None
-    meta = checkpoint.read_meta(path)
+    meta = read_meta(path)
     if meta.vocabulary_hash != train.vocabulary_hash:
         raise UserError(
             f"{path} was trained with the vocabulary {meta.vocabulary_hash[:12]}, but {train.folder} has "

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scale_wsl.checkpoint.saver import Saver
 from scale_wsl.engines.base import Engine, clip_coefficient, scale_gradients, square_norm
 from scale_wsl.engines.world import World
 from scale_wsl.errors import UserError
@@ -74,6 +75,7 @@ class Trainer:
         max_corrupt: float,
         seed: int,
         counter: Counter,
+        saver: Saver | None = None,
     ) -> None:
         check_optimizer(head, head_optimizer)
         self.engine = engine
@@ -87,6 +89,7 @@ class Trainer:
         self.max_corrupt = max_corrupt
         self.seed = seed
         self.counter = counter
+        self.saver = saver
         self.interval = Interval()
         self._skipped_in_a_row = 0
         self._corrupt = self._seen = 0
@@ -140,12 +143,18 @@ class Trainer:
         return stop
 
     def _heartbeat(self, micro_batches: list[Batch], preemption: Preemption) -> tuple[float, bool]:
-        """One small all-reduce a step: L (labelled images in the global batch), corrupt images, requests to stop."""
+        """One small all-reduce a step: L (labelled images in the global batch), corrupt images, requests to stop.
+
+        And whether a checkpoint that was being written has failed on some rank: then it is raised on all of them.
+        """
         labelled = sum(int((batch.mass.sum(1) > 0).sum()) for batch in micro_batches)
         corrupt = sum(batch.corrupt for batch in micro_batches)
-        packed = torch.tensor([labelled, corrupt, preemption.requested], dtype=torch.float64)
+        unsaved = self.saver is not None and self.saver.failed
+        packed = torch.tensor([labelled, corrupt, preemption.requested, unsaved], dtype=torch.float64)
         dist.all_reduce(packed)  # on the CPU, so that no device has to be waited for
-        total, corrupt, stop = packed.tolist()
+        total, corrupt, stop, unsaved = packed.tolist()
+        if self.saver is not None and unsaved:
+            self.saver.raise_failure()
         self._corrupt += int(corrupt)
         self._seen += sum(len(batch.records) for batch in micro_batches) * self.world.size
         if self._corrupt > self.max_corrupt * max(self._seen, _SEEN_BEFORE_JUDGING):
@@ -161,8 +170,11 @@ class Trainer:
         gradients = self.head.gradients()
         head_square = square_norm(gradients, self.world.device) / self.head.replica_count
         dist.all_reduce(head_square)  # over all ranks, replicas too: every rank sees the same number
+        if self.saver is not None:
+            self.saver.wait_staged()  # the weights that are being saved are still those of the last step
         result = self.engine.step(learning_rate, head_square, self.optim.clip)
         if result.applied:
+            self.counter.updates += 1
             scale_gradients(gradients, clip_coefficient(result.gradient_norm, self.optim.clip))
             for group in self.head_optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -171,7 +183,6 @@ class Trainer:
             for kept, statistics in self._statistics:
                 torch._foreach_copy_(statistics, kept)
         self.head_optimizer.zero_grad()
-        self.counter.updates += result.applied
         self.interval.gradient_norm = result.gradient_norm
         self._skipped_in_a_row = 0 if result.applied else self._skipped_in_a_row + 1
         self.interval.skipped += not result.applied

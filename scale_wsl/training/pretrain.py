@@ -16,7 +16,7 @@ from scale_wsl.engines.world import agree, joined_world, same_everywhere
 from scale_wsl.errors import UserError
 from scale_wsl.recipe import describe, load_recipe
 from scale_wsl.training.failure import first_failure_speaks
-from scale_wsl.training.job import PretrainRecipe, prepare_job
+from scale_wsl.training.job import PretrainRecipe, prepare_job, with_intact_checkpoint
 from scale_wsl.training.session import run
 
 __all__ = ["main", "read_arguments"]
@@ -92,6 +92,7 @@ def main(argv: Sequence[str], default_recipe: Path) -> int:
                 with agree(world):
                     job = prepare_job(read_arguments(argv, default_recipe), world)
                 same_everywhere(world, job.facts())
+                job = with_intact_checkpoint(job, world)
             except UserError as error:
                 if world.is_main:
                     print(f"error: {error}", file=sys.stderr, flush=True)

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from scale_wsl.checkpoint.layout import VOCABULARY, Meta, newest
+from scale_wsl.checkpoint.reader import Checkpoint
+from scale_wsl.checkpoint.saver import Saver
 from scale_wsl.engines.build import build_engine
 from scale_wsl.engines.world import World
 from scale_wsl.loading.loader import TrainLoader
@@ -17,7 +20,7 @@ from scale_wsl.models.resnext import describe_trunk, multiply_adds, parameter_co
 from scale_wsl.models.weights import initial_weights
 from scale_wsl.recipe import recipe_dict, recipe_yaml
 from scale_wsl.shards import Source
-from scale_wsl.training import checkpoint, state
+from scale_wsl.training import state
 from scale_wsl.training.environment import environment
 from scale_wsl.training.evaluate import Evaluator
 from scale_wsl.training.job import OFFLOADED, Job
@@ -35,7 +38,7 @@ def run(job: Job, world: World) -> None:
         session = Session(job, world)
         config, name = job.recipe.tracking, job.recipe.run.name
         tracker = Tracker(config, job.folder, name=name, run_id=session.run_id) if world.is_main else Tracker.null()
-        with tracker:  # leaving it by an error says FAILED
+        with tracker, session.saver:  # leaving the tracker by an error says FAILED
             session.announce(tracker)
             tracker.finish(session.train(preemption, tracker))
         session.close(tracker)
@@ -60,16 +63,27 @@ class Session:
             smoothing=recipe.head.smoothing,
             sampled=recipe.head.sampled,
         ).to(world.device)
-        if job.resume:
-            source = state.load_weights(job.resume[0], trunk, self.head)
+        resumed = Checkpoint.open(job.resume[0]) if job.resume else None
+        if resumed:
+            source = state.weights_of(resumed, trunk)
+            state.load_head(resumed, self.head)
         settings = recipe.optim.settings
         self.engine = build_engine(recipe.engine, trunk, source, settings, world, job.deepspeed)
         self.head_optimizer = settings.of_head(self.head)
         counter, self.run_id = Counter(), ""
-        if job.resume:
-            path, meta = job.resume
-            counter, self.run_id = Counter(meta.step, meta.samples), meta.run_id
-            state.load_momentum(path, self.engine, self.head, self.head_optimizer)
+        if resumed:
+            meta = resumed.meta
+            counter, self.run_id = Counter(meta.step, meta.samples, meta.updates), meta.run_id
+            state.load_optimizer_state(resumed, self.engine, self.head, self.head_optimizer)
+        self.saver = Saver(
+            job.folder / "checkpoints",
+            keep=recipe.checkpoint.keep,
+            asynchronous=recipe.checkpoint.asynchronous,
+            device=world.device,
+        )
+        held = parameter_count(recipe.model) + len(job.train.vocabulary) * (trunk.num_features + recipe.head.bias)
+        self.saver.reserve((1 + len(settings.states)) * 4 * held // world.size)  # weights and momentum in fp32
+        self.vocabulary = (job.train.folder / VOCABULARY).read_bytes()
         self.loader = TrainLoader(
             job.train,
             job.order,
@@ -92,6 +106,7 @@ class Session:
             max_corrupt=recipe.data.max_corrupt,
             seed=recipe.run.seed,
             counter=counter,
+            saver=self.saver,
         )
         self.evaluator = Evaluator(
             self.engine,
@@ -117,8 +132,9 @@ class Session:
 
     def _save(self, tracker: Tracker) -> None:
         self.trainer.combine_batchnorm(self.recipe.engine.batchnorm)
-        meta = checkpoint.Meta(
+        meta = Meta(
             step=self.trainer.counter.step,
+            updates=self.trainer.counter.updates,
             samples=self.trainer.counter.samples,
             seed=self.recipe.run.seed,
             vocabulary_hash=self.job.train.vocabulary_hash,
@@ -128,8 +144,8 @@ class Session:
             world_size=self.world.size,
             recipe=self.recipe_text,
         )
-        folder = self.job.folder / "checkpoints"
-        state.save(folder, self.engine, self.head, self.head_optimizer, meta, keep=self.recipe.checkpoint.keep)
+        tensors = state.shards(self.engine, self.head, self.head_optimizer)
+        self.saver.start(tensors, meta, {VOCABULARY: self.vocabulary})
 
     # --- the run -------------------------------------------------------------------------------------------------
 
@@ -151,6 +167,7 @@ class Session:
                     self._report(tracker, bar, steps)
                 if stop and not done:
                     self._save(tracker)
+                    self.saver.wait()
                     return "KILLED"
                 if not done and job.crossed(
                     recipe.schedule.evaluate_every, "schedule.evaluate_every", before, counter.samples
@@ -160,6 +177,7 @@ class Session:
                     self._save(tracker)
             self._evaluate(tracker, bar)
             self._save(tracker)
+            self.saver.wait()
         return "FINISHED"
 
     def _report(self, tracker: Tracker, bar: tqdm[Any], steps: int) -> None:
@@ -244,9 +262,9 @@ class Session:
             return
         folder = self.job.folder
         shutil.rmtree(folder / OFFLOADED, ignore_errors=True)
-        newest = checkpoint.newest(folder / "checkpoints")
+        path = newest(folder / "checkpoints")
         pictures = sorted((folder / "pictures").glob("*.png"))
-        print(f"checkpoint  {newest}")
+        print(f"checkpoint  {path}")
         if pictures:
             print(f"picture     {pictures[-1]}")
         if self.recipe.tracking.enabled:

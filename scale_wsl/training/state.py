@@ -1,81 +1,105 @@
-"""The tensors of a run - trunk, head and their momentum - under the logical checkpoint's names.
+"""The tensors of a run - trunk, head and their optimizers' state - as shards under the checkpoint's names, and back.
 
-What each engine keeps in its own way goes out and comes in whole, or by global row; nothing here knows which engine.
+What each engine keeps in its own way goes out and comes in as flat ranges; nothing here knows which engine.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scale_wsl.checkpoint.reader import Checkpoint
 from scale_wsl.engines.base import Engine
+from scale_wsl.errors import UserError
 from scale_wsl.models.head import ShardedHead
-from scale_wsl.shards import FlatShard
-from scale_wsl.training import checkpoint
+from scale_wsl.shards import FlatShard, Source
 
-__all__ = ["load_momentum", "load_weights", "save"]
+__all__ = ["load_head", "load_optimizer_state", "shards", "weights_of"]
 
-
-def _whole(shard: FlatShard) -> Tensor:
-    whole = torch.zeros(shard.shape.numel(), dtype=shard.local.dtype)
-    if shard.copy == 0:
-        whole[shard.start : shard.stop] = shard.local
-    if dist.get_world_size() > 1:
-        dist.all_reduce(whole)
-    return whole.view(shard.shape)
+_TRUNK, _HEAD = "trunk.", "head."
 
 
-class _Tensors:
-    """Whole tensors, as a source."""
+def shards(engine: Engine, head: ShardedHead, head_optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, FlatShard]]:
+    """All that a checkpoint holds (collective); BatchNorm statistics must have been combined over the ranks."""
+    for name, shard in engine.weights():
+        yield _TRUNK + name, shard
+    for name, shard in engine.optimizer_state():
+        state, _, parameter = name.partition(".")
+        yield f"{state}.{_TRUNK}{parameter}", shard
+    yield from _head_weights(head)
+    yield from _head_state(engine, head, head_optimizer)
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
+
+class _Trunk:
+    """The trunk's part of a checkpoint, under plain names."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
 
     def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        return self.tensors[name].flatten()[start:stop]
+        """See `Source.read`."""
+        return self.checkpoint.read(_TRUNK + name, shape, start, stop)
 
 
-def save(
-    folder: Path,
-    engine: Engine,
-    head: ShardedHead,
-    head_optimizer: torch.optim.Optimizer,
-    meta: checkpoint.Meta,
-    *,
-    keep: int,
-) -> Path:
-    """Publish a checkpoint of everything (collective); BatchNorm statistics must have been combined over the ranks."""
-    state = {name.removeprefix("momentum."): _whole(shard) for name, shard in engine.optimizer_state()}
-    tensors = {
-        "trunk": {name: _whole(shard) for name, shard in engine.weights()},
-        "head": head.logical_tensors(),
-        "momentum": {"trunk": state, "head": _head_momentum(head, head_optimizer)},
-    }
-    return checkpoint.save(folder, tensors, meta, keep=keep)
+def weights_of(checkpoint: Checkpoint, trunk: nn.Module) -> Source:
+    """The source of a trunk's weights and buffers in a checkpoint, for the engine that gives it memory.
+
+    Raises:
+        UserError: they are not those of this trunk, which may be on the meta device.
+    """
+    checkpoint.check({_TRUNK + name: tensor.shape for name, tensor in trunk.state_dict().items()})
+    return _Trunk(checkpoint)
 
 
-def load_weights(path: Path, trunk: nn.Module, head: ShardedHead) -> _Tensors:
-    tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in trunk.state_dict().items()}
-    checkpoint.load_tensors(path, {"trunk": tensors, "head": head.logical_tensors()})
-    return _Tensors(tensors)
+def load_head(checkpoint: Checkpoint, head: ShardedHead) -> None:
+    """Fill the head's rows from a checkpoint.
+
+    Raises:
+        UserError: it is another head's.
+    """
+    checkpoint.load(dict(_head_weights(head)))
 
 
-def load_momentum(path: Path, engine: Engine, head: ShardedHead, head_optimizer: torch.optim.Optimizer) -> None:
-    trunk = {name: torch.empty(shape) for name, shape in engine.shapes.items()}
-    momentum = {"trunk": trunk, "head": _head_momentum(head, head_optimizer)}
-    checkpoint.load_tensors(path, {"momentum": momentum})
-    engine.load_optimizer_state(_Tensors({f"momentum.{name}": tensor for name, tensor in trunk.items()}), "", 0)
+def load_optimizer_state(
+    checkpoint: Checkpoint, engine: Engine, head: ShardedHead, head_optimizer: torch.optim.Optimizer
+) -> None:
+    """Fill the optimizers' state of trunk and head from a checkpoint (collective).
+
+    Raises:
+        UserError: it is another optimizer's, or another network's.
+    """
+    stored = {name.partition(".")[0] for name in checkpoint.tensors} - {_TRUNK[:-1], _HEAD[:-1]}
+    wanted = set(engine.settings.states.values())
+    if stored != wanted:
+        raise UserError(
+            f"{checkpoint.path} has the state of another optimizer ({', '.join(sorted(stored)) or 'none'}) than this "
+            f"recipe's ({', '.join(sorted(wanted)) or 'none'}): set optim.name and optim.momentum as in its recipe.yaml"
+        )
+    names = {f"{state}.{_TRUNK}{name}": shape for state in wanted for name, shape in engine.shapes.items()}
+    checkpoint.check(names)
+    engine.load_optimizer_state(checkpoint, _TRUNK, checkpoint.meta.updates)
+    checkpoint.load(dict(_head_state(engine, head, head_optimizer)))
+    engine.settings.set_updates(head_optimizer, checkpoint.meta.updates)
 
 
-def _head_momentum(head: ShardedHead, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The head's momentum by global row, sharing memory with the optimizer's; zeros before the first step."""
-    momentum = {}
+def _head_weights(head: ShardedHead) -> Iterator[tuple[str, FlatShard]]:
     for name, parameter in head.named_parameters():
-        state = optimizer.state[parameter]
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        momentum[name] = head.global_view(state["momentum_buffer"])
-    return momentum
+        yield _HEAD + name, _rows(head, parameter)
+
+
+def _head_state(engine: Engine, head: ShardedHead, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, FlatShard]]:
+    """The head's optimizer state, which is the optimizer's own memory; zeros before the first step."""
+    for name, parameter in head.named_parameters():
+        for key, state in engine.settings.states.items():
+            yield f"{state}.{_HEAD}{name}", _rows(head, engine.settings.state_tensor(optimizer, parameter, key))
+
+
+def _rows(head: ShardedHead, local: Tensor) -> FlatShard:
+    """A tensor of the head's own rows (a parameter, its momentum) as a range of all rows."""
+    row = local.shape[1:].numel()
+    shape = torch.Size([head.vocabulary_size, *local.shape[1:]])
+    copies, copy = head.replica_count, 0 if head.replicas is None else dist.get_rank(head.replicas)
+    return FlatShard(local.detach().view(-1), shape, head.rows.start * row, copies, copy, lasting=True)

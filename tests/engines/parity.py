@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from scale_wsl.checkpoint.layout import Meta
+from scale_wsl.checkpoint.reader import Checkpoint
+from scale_wsl.checkpoint.saver import Saver
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.build import build_engine
 from scale_wsl.engines.config import EngineConfig
@@ -25,7 +28,7 @@ from scale_wsl.models.recompute import Stage
 from scale_wsl.models.resnext import Bottleneck
 from scale_wsl.models.weights import InitialWeights, materialise
 from scale_wsl.shards import Source
-from scale_wsl.training import checkpoint, state
+from scale_wsl.training import state
 from scale_wsl.training.loop import Counter, Trainer
 from scale_wsl.training.preemption import Preemption
 from scale_wsl.training.schedule import LearningRate, OptimConfig
@@ -181,13 +184,14 @@ def make_trainer(
     head = ShardedHead(LABELS, features, mesh=mesh_of(group_size), seed=SEED)
     counter = Counter()
     if resume:
-        meta = checkpoint.read_meta(resume)
-        counter = Counter(meta.step, meta.samples)
-        source = state.load_weights(resume, trunk, head)
+        opened = Checkpoint.open(resume)
+        counter = Counter(opened.meta.step, opened.meta.samples, opened.meta.updates)
+        source = state.weights_of(opened, trunk)
+        state.load_head(opened, head)
     engine = build_engine(config, trunk, source, optim.settings, world, deepspeed)
     head_optimizer = optim.settings.of_head(head)
     if resume:
-        state.load_momentum(resume, engine, head, head_optimizer)
+        state.load_optimizer_state(opened, engine, head, head_optimizer)
     return Trainer(
         engine=engine,
         head=head,
@@ -205,8 +209,9 @@ def make_trainer(
 
 def save(trainer: Trainer, folder: Path) -> Path:
     """Publish a checkpoint of a trainer."""
-    meta = checkpoint.Meta(
+    meta = Meta(
         step=trainer.counter.step,
+        updates=trainer.counter.updates,
         samples=trainer.counter.samples,
         seed=SEED,
         vocabulary_hash="v",
@@ -216,7 +221,9 @@ def save(trainer: Trainer, folder: Path) -> Path:
         world_size=trainer.world.size,
         recipe="",
     )
-    return state.save(folder, trainer.engine, trainer.head, trainer.head_optimizer, meta, keep=2)
+    with Saver(folder, keep=2) as saver:
+        saver.start(state.shards(trainer.engine, trainer.head, trainer.head_optimizer), meta)
+    return folder / f"step-{meta.step:08d}"
 
 
 def whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
-from scale_wsl.training import checkpoint
+from scale_wsl.checkpoint.layout import find
+from scale_wsl.checkpoint.reader import Checkpoint
 from scale_wsl.training.spool import Spool
 from tests.ranks import free_port
 
@@ -101,11 +102,9 @@ def losses(run: Path) -> dict[int, set[float]]:
 
 
 def newest_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a run's newest checkpoint; rows of a sharded one follow each other in the files' order."""
-    path = checkpoint.newest(run / "checkpoints")
-    assert path is not None
-    pieces: dict[str, list[torch.Tensor]] = defaultdict(list)
-    for file in sorted((path / "tensors").iterdir()):
-        for name, tensor in load_file(file).items():
-            pieces[name].append(tensor)
-    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in pieces.items()}
+    """All tensors of a run's newest checkpoint, whole."""
+    checkpoint = Checkpoint.open(find(run))
+    return {
+        name: checkpoint.read(name, stored.shape, 0, math.prod(stored.shape)).view(stored.shape)
+        for name, stored in checkpoint.tensors.items()
+    }

@@ -1,20 +1,21 @@
 from __future__ import annotations
 
-import dataclasses
 import errno
 import functools
-import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from scale_wsl.checkpoint import layout
+from scale_wsl.checkpoint.reader import Checkpoint
+from scale_wsl.checkpoint.saver import Saver
 from scale_wsl.errors import UserError
-from scale_wsl.training import checkpoint
-from scale_wsl.training.checkpoint import CheckpointConfig
+from scale_wsl.training import state
+from scale_wsl.training.resume import CheckpointConfig, resume_from
+from tests.checkpoint import states
 from tests.engines import parity
 from tests.ranks import run_ranks
 
@@ -41,12 +42,12 @@ def _train_and_save(folder: Path, writers: list[str]) -> None:
 
 def _resume_and_train(folder: Path) -> dict[tuple[str, str], list[float]]:
     losses = {}
-    for writer, readers in MOVES.items():
-        path = checkpoint.newest(folder / writer)
+    for before, readers in MOVES.items():
+        path = layout.newest(folder / before)
         assert path is not None
-        for reader in readers:
-            trainer = parity.make_trainer(reader, accumulation=1, clip=0.5, batch=BATCH, resume=path)
-            losses[writer, reader] = parity.take_steps(trainer, AFTER)
+        for after in readers:
+            trainer = parity.make_trainer(after, accumulation=1, clip=0.5, batch=BATCH, resume=path)
+            losses[before, after] = parity.take_steps(trainer, AFTER)
     return losses
 
 
@@ -59,8 +60,8 @@ def written_on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_any_engine_goes_on_from_any_other_at_any_world_size(written_on_two_ranks: Path, size: int) -> None:
-    for (writer, reader), losses in run_ranks(_resume_and_train, size, written_on_two_ranks, timeout=600)[0].items():
-        assert losses == pytest.approx(reference()[BEFORE:], rel=1e-5), f"{writer} on 2 ranks -> {reader} on {size}"
+    for (before, after), losses in run_ranks(_resume_and_train, size, written_on_two_ranks, timeout=600)[0].items():
+        assert losses == pytest.approx(reference()[BEFORE:], rel=1e-5), f"{before} on 2 ranks -> {after} on {size}"
 
 
 def _whole_or_in_two_parts(folder: Path) -> dict[str, bool]:
@@ -73,9 +74,8 @@ def _whole_or_in_two_parts(folder: Path) -> dict[str, bool]:
         path = parity.save(first, folder / name)
         second = parity.make_trainer(name, accumulation=2, clip=0.5, batch=BATCH, resume=path)
         equal = parity.take_steps(second, AFTER) == expected
-        for of in ("trunk_tensors", "momentum"):
-            reference, found = getattr(whole.engine, of)(), getattr(second.engine, of)()
-            equal = equal and all(torch.equal(found[tensor], reference[tensor]) for tensor in reference)
+        reference, found = parity.whole_state(whole), parity.whole_state(second)
+        equal = equal and all(torch.equal(found[tensor], reference[tensor]) for tensor in reference)
         same[name] = equal and torch.equal(second.head.weight, whole.head.weight)
     return same
 
@@ -86,126 +86,53 @@ def test_the_same_engine_on_as_many_ranks_goes_on_bit_for_bit(tmp_path: Path, si
         assert same == dict.fromkeys(parity.ENGINES, True)
 
 
-def test_it_holds_plain_names_and_no_pickle(written_on_two_ranks: Path) -> None:
-    from safetensors import safe_open
-
-    path = checkpoint.newest(written_on_two_ranks / "zero3")
-    assert path is not None
-    names = set()
-    for file in path.iterdir():
-        assert file.name in ("meta.json", "tensors")
-    for file in (path / "tensors").iterdir():
-        assert file.suffix == ".safetensors"
-        with safe_open(file, "pt") as tensors:
-            names |= set(tensors.keys())
+def test_it_holds_plain_names(written_on_two_ranks: Path) -> None:
+    names = set(Checkpoint.open(layout.find(written_on_two_ranks / "zero3")).tensors)
     assert {"trunk.conv1.weight", "trunk.layer1.1.bn3.bias", "head.weight", "momentum.head.bias"} <= names
     assert {f"momentum.{name}" for name in names if not name.startswith("momentum.")} <= names
 
 
-# --- the folder ------------------------------------------------------------------------------------------------------
+def _skip_some(folder: Path) -> int:
+    trainer = parity.make_trainer("ddp", accumulation=1, clip=0.5, batch=BATCH)
+    parity.take_steps(trainer, 1)
+    with torch.no_grad():
+        kept = trainer.head.bias.clone()
+        trainer.head.bias.fill_(torch.inf)
+    parity.take_steps(trainer, 1)
+    with torch.no_grad():
+        trainer.head.bias.copy_(kept)
+    parity.take_steps(trainer, 1)
+    resumed = parity.make_trainer("ddp", accumulation=1, clip=0.5, batch=BATCH, resume=parity.save(trainer, folder))
+    return resumed.counter.updates
 
 
-def _meta(step: int) -> checkpoint.Meta:
-    return checkpoint.Meta(
-        step=step,
-        samples=step * 8,
-        seed=0,
-        vocabulary_hash="v",
-        order="o",
-        run_id="r",
-        engine="ddp",
-        world_size=1,
-        recipe="",
-    )
+def test_steps_that_were_skipped_are_no_updates(tmp_path: Path) -> None:
+    assert run_ranks(_skip_some, 1, tmp_path) == [2]
+    meta = layout.read_meta(layout.find(tmp_path))
+    assert (meta.step, meta.updates) == (3, 2)
 
 
-def _steps(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
-
-
-def _save_steps(folder: Path, steps: list[int], keep: int) -> None:
-    for step in steps:
-        checkpoint.save(folder, {"head": {"weight": torch.full((3, 2), float(step))}}, _meta(step), keep=keep)
-
-
-def test_only_the_newest_are_kept_and_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
-    run_ranks(_save_steps, 1, tmp_path, [1, 2, 10, 10], 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000010"]
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
-    meta = checkpoint.read_meta(found)
-    assert dataclasses.replace(meta, files={}) == _meta(10)
-
-
-@pytest.mark.parametrize("damage", ["cut", "missing", "meta", "format", "type"])
-def test_a_damaged_checkpoint_is_passed_over_and_named(
-    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    run_ranks(_save_steps, 1, tmp_path, [1, 2], 2)
-    newest = tmp_path / "step-00000002"
-    tensors = next((newest / "tensors").iterdir())
-    content = json.loads((newest / "meta.json").read_text())
-    if damage == "cut":
-        tensors.write_bytes(tensors.read_bytes()[:-1])
-    elif damage == "missing":
-        tensors.unlink()
-    elif damage == "meta":
-        (newest / "meta.json").write_text('{"format": 1, "step":')
-    elif damage == "format":
-        (newest / "meta.json").write_text(json.dumps(content | {"format": 99}))
-    else:
-        (newest / "meta.json").write_text(json.dumps(content | {"samples": "many"}))
-    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000001"
-    assert "step-00000002" in caplog.text
-    with pytest.raises(UserError, match="step-00000002"):
-        checkpoint.resume_from(CheckpointConfig(resume=str(newest)), tmp_path)
-
-
-def test_what_has_just_been_saved_is_kept_beside_later_steps(tmp_path: Path) -> None:
-    run_ranks(_save_steps, 1, tmp_path, [40, 50, 10, 20, 30], 2)
-    assert _steps(tmp_path) == [20, 30, 40, 50]
-    run_ranks(_save_steps, 1, tmp_path, [60], 1)
-    assert _steps(tmp_path) == [60]
-
-
-def test_leftovers_of_a_run_that_died_while_saving_are_no_checkpoint_and_go_at_the_next_save(tmp_path: Path) -> None:
-    run_ranks(_save_steps, 1, tmp_path, [1], 2)
-    whole = tmp_path / "step-00000001"
-    for name in (".step-00000007.part", ".step-00000002.part", ".step-00000003.old", ".step-00000004.old.old"):
-        shutil.copytree(whole, tmp_path / name)
-    shutil.copytree(whole, tmp_path / ".step-mine.part")
-    whole.rename(tmp_path / ".step-00000001.part")
-    assert checkpoint.newest(tmp_path) is None
-    run_ranks(_save_steps, 1, tmp_path, [7], 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".step-mine.part", "step-00000007"]
-
-
-def test_a_step_that_was_being_replaced_when_the_run_died_is_whole(tmp_path: Path) -> None:
-    run_ranks(_save_steps, 1, tmp_path, [7], 2)
-    replaced = (tmp_path / "step-00000007").rename(tmp_path / "step-00000007.old")
-    assert checkpoint.newest(tmp_path) == replaced
-    run_ranks(_save_steps, 1, tmp_path, [8], 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000007.old", "step-00000008"]
+# --- what a run goes on from -----------------------------------------------------------------------------------------
 
 
 def test_an_earlier_run_is_neither_continued_nor_overwritten_unasked(tmp_path: Path) -> None:
-    assert checkpoint.resume_from(CheckpointConfig(), tmp_path) is None
-    assert checkpoint.resume_from(CheckpointConfig(resume="auto"), tmp_path) is None
-    run_ranks(_save_steps, 1, tmp_path, [1], 2)
+    assert resume_from(CheckpointConfig(), tmp_path) is None
+    assert resume_from(CheckpointConfig(resume="auto"), tmp_path) is None
+    run_ranks(states.save_steps, 1, tmp_path, [1], 2)
     with pytest.raises(UserError, match="--resume auto"):
-        checkpoint.resume_from(CheckpointConfig(), tmp_path)
-    assert checkpoint.resume_from(CheckpointConfig(resume="auto"), tmp_path) == tmp_path / "step-00000001"
+        resume_from(CheckpointConfig(), tmp_path)
+    assert resume_from(CheckpointConfig(resume="auto"), tmp_path) == tmp_path / "step-00000001"
 
 
 def test_only_the_newest_of_the_runs_own_folder_is_gone_on_from_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
-    run_ranks(_save_steps, 1, run, [1, 2, 3], 3)
-    run_ranks(_save_steps, 1, other, [9], 3)
+    run_ranks(states.save_steps, 1, run, [1, 2, 3], 3)
+    run_ranks(states.save_steps, 1, other, [9], 3)
 
     def resume(path: Path | str, folder: Path) -> Path | None:
-        return checkpoint.resume_from(CheckpointConfig(resume=str(path)), folder)
+        return resume_from(CheckpointConfig(resume=str(path)), folder)
 
     elsewhere = other / "step-00000009"
     assert resume(elsewhere, tmp_path / "new") == elsewhere
@@ -230,30 +157,20 @@ def test_a_folder_that_cannot_be_read_is_a_users_mistake(
 ) -> None:
     config = CheckpointConfig(resume=resume)
     with pytest.raises(UserError, match=r"cannot look for checkpoints in .*: File name too long"):
-        checkpoint.resume_from(config, tmp_path / ("a" * 300))
+        resume_from(config, tmp_path / ("a" * 300))
     monkeypatch.setattr(Path, "iterdir", _forbidden)  # permissions would not hold an administrator back
     with pytest.raises(UserError, match=r"cannot look for checkpoints in .*: Permission denied"):
-        checkpoint.resume_from(config, tmp_path)
+        resume_from(config, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "a\0b", "nowhere"])
 def test_a_checkpoint_that_cannot_be_read_is_a_users_mistake(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="not a whole checkpoint"):
-        checkpoint.resume_from(CheckpointConfig(resume=name), tmp_path)
+        resume_from(CheckpointConfig(resume=name), tmp_path)
 
 
 def _forbidden(path: Path) -> Iterator[Path]:
     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-
-def test_a_file_list_with_impossible_names_is_a_damaged_checkpoint(tmp_path: Path) -> None:
-    run_ranks(_save_steps, 1, tmp_path, [1], 2)
-    path = tmp_path / "step-00000001"
-    content = json.loads((path / "meta.json").read_text())
-    for name in ("a" * 300, "a\0b"):
-        (path / "meta.json").write_text(json.dumps(content | {"files": {name: 1}}))
-        with pytest.raises(UserError, match="is not whole"):
-            checkpoint.read_meta(path)
 
 
 @pytest.mark.parametrize("every", ["", "often", "5", "1 hour"])
@@ -262,47 +179,25 @@ def test_how_often_to_save_is_checked_at_once(every: str) -> None:
         CheckpointConfig(every=every)
 
 
-def _load_other_network(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
+def _load_momentum_of(folder: Path, lost: str) -> str:
+    trainer = parity.make_trainer("ddp", accumulation=1, clip=0.5, batch=BATCH)
+    engine, head, optimizer = trainer.engine, trainer.head, trainer.head_optimizer
+    made = dict(state.shards(engine, head, optimizer))
+    for name in [name for name in made if name.startswith("momentum.")]:
+        made[name].local.fill_(1)
+    made.pop(f"momentum.trunk.{lost}", None)
+    with Saver(folder, keep=1) as saver:
+        saver.start(iter(made.items()), states.meta(1))
     try:
-        checkpoint.load_tensors(path, {name: torch.empty(shape) for name, shape in shapes.items()})
+        state.load_optimizer_state(Checkpoint.open(folder / "step-00000001"), engine, head, optimizer)
     except UserError as error:
         return str(error)
+    momentum = [shard.local for _, shard in engine.optimizer_state()]
+    assert all(bool((tensor == 1).all()) and tensor.dtype == torch.float32 for tensor in momentum)
     return ""
 
 
-def test_another_network_is_a_users_mistake(tmp_path: Path) -> None:
-    run_ranks(_save_steps, 1, tmp_path, [1], 2)
-    path = tmp_path / "step-00000001"
-    (wrong_shape,) = run_ranks(_load_other_network, 1, path, {"head.weight": (4, 2)})
-    assert "head.weight of shape [3, 2], but this recipe's is [4, 2]" in wrong_shape
-    (missing,) = run_ranks(_load_other_network, 1, path, {"trunk.conv1.weight": (4, 2)})
-    assert "has no trunk.conv1.weight" in missing
-
-
-RICH = ("trunk.bn1.weight", "trunk.bn1.running_mean", "head.weight", "head.bias")
-
-
-def _save_names(folder: Path, names: tuple[str, ...]) -> None:
-    checkpoint.save(folder, {name: torch.ones(3) for name in names}, _meta(1), keep=1)
-
-
-@pytest.mark.parametrize(
-    ("loaded", "says"),
-    [
-        (RICH, []),
-        (("trunk.bn1.weight", "head.weight", "head.bias"), ["has trunk.bn1.running_mean", "model section", "recipe"]),
-        (("trunk.bn1.weight", "trunk.bn1.running_mean", "head.weight"), ["has head.bias", "head section", "recipe"]),
-        (("head.weight", "head.bias"), []),  # the trunk is not asked for
-        (("momentum.head.weight", "momentum.head.bias"), []),
-        (("momentum.head.weight",), ["has momentum.head.bias", "head section"]),
-    ],
-)
-def test_a_checkpoint_with_more_tensors_is_another_networks(
-    tmp_path: Path, loaded: tuple[str, ...], says: list[str]
-) -> None:
-    stored = (*RICH, *(f"momentum.{name}" for name in RICH if "running" not in name))
-    run_ranks(_save_names, 1, tmp_path, stored)
-    (sentence,) = run_ranks(_load_other_network, 1, tmp_path / "step-00000001", dict.fromkeys(loaded, (3,)))
-    assert bool(sentence) == bool(says)
-    for part in says:
-        assert part in sentence
+def test_momentum_that_is_missing_is_named(tmp_path: Path) -> None:
+    assert run_ranks(_load_momentum_of, 1, tmp_path, "") == [""]
+    (sentence,) = run_ranks(_load_momentum_of, 1, tmp_path, "layer1.0.conv2.weight")
+    assert "has no momentum.trunk.layer1.0.conv2.weight" in sentence

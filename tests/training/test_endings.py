@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scale_wsl.training import checkpoint
+from scale_wsl.checkpoint import layout
 from tests.ranks import free_port
 from tests.training.launching import ROOT, TINY, Ranks, losses
 
@@ -66,9 +66,9 @@ def test_a_preempted_run_saves_and_exits_0(emoji_corpus: Path, tmp_path: Path, n
     ranks.wait_for("step 3/")
     ranks.processes[1].send_signal(number)  # one rank is enough: all stop together
     assert ranks.wait() == [0, 0], ranks.output()
-    newest = checkpoint.newest(run / "checkpoints")
+    newest = layout.newest(run / "checkpoints")
     assert newest is not None
-    assert checkpoint.read_meta(newest).step == max(losses(run))
+    assert layout.read_meta(newest).step == max(losses(run))
     assert mlflow_status(run) == "KILLED"
 
 

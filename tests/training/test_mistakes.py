@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,8 +11,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from scale_wsl.checkpoint import layout
+from scale_wsl.checkpoint.reader import Checkpoint
 from scale_wsl.errors import UserError
-from scale_wsl.training import checkpoint
+from tests.checkpoint import states
 from tests.ranks import run_ranks
 from tests.training.launching import ROOT, TINY
 
@@ -89,13 +90,13 @@ def test_a_vocabulary_that_is_not_the_shards(own_corpus: Path, tmp_path: Path) -
 def test_another_vocabularys_checkpoint(emoji_corpus: Path, tmp_path: Path) -> None:
     (result,) = run_ranks(_main, 1, arguments(emoji_corpus, tmp_path), process_group=False)
     assert result == (0, "")
-    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    newest = layout.newest(tmp_path / "run" / "checkpoints")
     assert newest is not None
-    meta = json.loads((newest / "meta.json").read_text())
-    (newest / "meta.json").write_text(json.dumps(meta | {"vocabulary_hash": "f" * 64}))
+    meta = (newest / "meta.json").read_bytes()
+    states.rewrite_meta(newest, vocabulary_hash="f" * 64)
     sentence = mistake(["--resume", "auto", *arguments(emoji_corpus, tmp_path)])
     assert "vocabulary ffffffffffff" in sentence
-    (newest / "meta.json").write_text(json.dumps(meta))
+    (newest / "meta.json").write_bytes(meta)
     assert "run.seed" in mistake(["--resume", str(newest), *arguments(emoji_corpus, tmp_path, "run.seed=7")])
     assert "--resume auto" in mistake(arguments(emoji_corpus, tmp_path))
     other_network = mistake(["--resume", str(newest), *arguments(emoji_corpus, tmp_path, "model.width=8")])
@@ -175,3 +176,33 @@ def test_too_many_corrupt_images_stop_all_ranks(own_corpus: Path, tmp_path: Path
     shard.write_bytes(data)
     sentence = mistake(arguments(own_corpus, tmp_path, "data.max_corrupt=0.001", "schedule.length=9 steps"))
     assert "data.max_corrupt" in sentence
+
+
+def _flip(checkpoint: Path) -> str:
+    """Flip a bit of the elements of some tensor; returns its name."""
+    name, stored = next(iter(Checkpoint.open(checkpoint).tensors.items()))
+    file = checkpoint / "tensors" / stored.chunks[0].file
+    content = bytearray(file.read_bytes())
+    content[stored.chunks[0].position] ^= 4
+    file.write_bytes(content)
+    return name
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over_by_auto_and_refused_by_name(emoji_corpus: Path, tmp_path: Path) -> None:
+    more = ["schedule.length=2 steps", "checkpoint.every=1 steps"]
+    results = run_ranks(_main, 2, arguments(emoji_corpus, tmp_path, *more), process_group=False)
+    assert results == [(0, "")] * 2
+    newest = tmp_path / "run" / "checkpoints" / "step-00000002"
+    name = _flip(newest)
+    sentence = mistake(["--resume", str(newest), *arguments(emoji_corpus, tmp_path, *more)])
+    assert f"{newest} is damaged" in sentence
+    assert f"other bytes of {name} than were saved" in sentence
+    (code, told), (_, silent) = run_ranks(
+        _main, 2, ["--resume", "auto", *arguments(emoji_corpus, tmp_path, *more)], process_group=False
+    )
+    assert (code, silent) == (0, "")
+    assert told.count("passing over a damaged checkpoint") == 1
+    assert f"{newest} is damaged" in told
+    Checkpoint.open(newest).verify()  # the step was done again, from the one before
+    assert layout.read_meta(newest).step == 2

@@ -1,0 +1,1 @@
+"""The logical checkpoint: one format, written by every engine and read by every engine."""

@@ -1,0 +1,167 @@
+"""Turns a checkpoint into files that others load: torchvision's network, the head, and what its rows mean.
+
+Only weights go out; the optimizer's state stays in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from scale_wsl.checkpoint.layout import VOCABULARY
+from scale_wsl.checkpoint.reader import Checkpoint
+from scale_wsl.checkpoint.safetensors import Entry, write_safetensors
+from scale_wsl.errors import UserError
+from scale_wsl.files import published_folder
+from scale_wsl.models.resnext import ModelConfig
+
+__all__ = ["FORMATS", "export", "exported_bytes"]
+
+FORMATS = ("safetensors", "torch")
+_BLOCK = 4 << 20  # elements that are in memory at a time
+
+
+def export(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    form: str = "safetensors",
+    head: bool = True,
+    mean: Sequence[float],
+    std: Sequence[float],
+    progress: Callable[[int], object] = lambda _: None,
+) -> list[Path]:
+    """Write the network of a checkpoint to a new folder, published by one rename.
+
+        model.safetensors   trunk under torchvision's names, the head as its `fc`: loads strictly into
+                            `torchvision.models.ResNet(Bottleneck, layers, num_classes, groups=, width_per_group=)`
+        pytorch_model.bin   the same by `torch.save`, instead (form "torch"); needs memory for the whole network
+        head.safetensors    the head alone: `weight` [V, D], and `bias` [V] where it has one
+        vocabulary.json     the hashtags of its rows
+        config.json         how to build the network, and how its images were normalised
+        recipe.yaml         how it was trained
+
+    Args:
+        checkpoint: whose elements are not checked here: see `Checkpoint.verify`.
+        out: the folder, which must not be there yet.
+        form: one of `FORMATS`.
+        head: False: the trunk alone, without `fc`, head and vocabulary.
+        mean: of the images that the network was trained on, by channel, RGB in [0, 1].
+        std: their standard deviation.
+        progress: told how many more bytes are done.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: the folder is there already or cannot be written, or the checkpoint has no head or no such network.
+    """
+    network = _network(checkpoint, head)
+    config = _config(checkpoint, head) | {"mean": list(mean), "std": list(std)}
+    try:
+        if out.exists():
+            raise UserError(f"{out} is there already: choose another folder, or remove it")
+        with published_folder(out) as folder:
+            if form == "torch":
+                torch.save({entry.name: _whole(entry, progress) for entry in network}, folder / "pytorch_model.bin")
+            else:
+                for nbytes in write_safetensors(folder / "model.safetensors", network):
+                    progress(nbytes)
+            if head:
+                for nbytes in write_safetensors(folder / "head.safetensors", _head(checkpoint)):
+                    progress(nbytes)
+                if checkpoint.vocabulary is not None:
+                    (folder / VOCABULARY).write_bytes(checkpoint.vocabulary.read_bytes())
+            (folder / "recipe.yaml").write_text(checkpoint.meta.recipe, encoding="utf-8")
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
+    return sorted(out.iterdir())
+
+
+def exported_bytes(checkpoint: Checkpoint, head: bool) -> int:
+    """Bytes of tensors that `export` writes."""
+    entries = _network(checkpoint, head) + (_head(checkpoint) if head else [])
+    return sum(entry.nbytes for entry in entries)
+
+
+def _network(checkpoint: Checkpoint, head: bool) -> list[Entry]:
+    entries = [
+        _entry(checkpoint, name, name.removeprefix("trunk."))
+        for name in checkpoint.tensors
+        if name.startswith("trunk.")
+    ]
+    if not entries:
+        raise UserError(f"{checkpoint.path} has no trunk to export")
+    if head:
+        entries += [_entry(checkpoint, f"head.{entry.name}", f"fc.{entry.name}") for entry in _head(checkpoint)]
+        if "head.bias" not in checkpoint.tensors:
+            weight = checkpoint.tensors["head.weight"]  # torchvision's fc has a bias: none is one of zeros
+            zeros = torch.zeros(weight.shape[0], dtype=getattr(torch, weight.dtype))
+            entries.append(Entry("fc.bias", weight.dtype, (weight.shape[0],), lambda: [zeros]))
+    return entries
+
+
+def _head(checkpoint: Checkpoint) -> list[Entry]:
+    if "head.weight" not in checkpoint.tensors:
+        raise UserError(f"{checkpoint.path} has no head: export it without one (--without-head)")
+    return [
+        _entry(checkpoint, name, name.removeprefix("head."))
+        for name in ("head.weight", "head.bias")
+        if name in checkpoint.tensors
+    ]
+
+
+def _entry(checkpoint: Checkpoint, stored_name: str, name: str) -> Entry:
+    stored = checkpoint.tensors[stored_name]
+    count = math.prod(stored.shape)
+
+    def values() -> Iterator[Tensor]:
+        for start in range(0, count, _BLOCK):
+            yield checkpoint.read(stored_name, stored.shape, start, min(start + _BLOCK, count))
+
+    return Entry(name, stored.dtype, stored.shape, values)
+
+
+def _whole(entry: Entry, progress: Callable[[int], object]) -> Tensor:
+    tensor = torch.empty(math.prod(entry.shape), dtype=getattr(torch, entry.dtype))
+    place = 0
+    for block in entry.values():
+        tensor[place : place + block.numel()] = block
+        place += block.numel()
+        progress(block.nbytes)
+    return tensor.view(entry.shape)
+
+
+def _config(checkpoint: Checkpoint, head: bool) -> dict[str, Any]:
+    """How to build the network, by torchvision's names of the arguments."""
+    try:
+        model = ModelConfig(**yaml.safe_load(checkpoint.meta.recipe)["model"])
+    except (yaml.YAMLError, KeyError, TypeError, RecursionError):
+        raise UserError(f"the recipe text in {checkpoint.path}/meta.json does not say which network it is of") from None
+    layers = [0, 0, 0, 0]
+    for name in checkpoint.tensors:
+        if match := re.match(r"trunk\.layer([1-4])\.(\d{1,4})\.", name):
+            stage = int(match[1]) - 1
+            layers[stage] = max(layers[stage], int(match[2]) + 1)
+    norms = {"batch": "BatchNorm2d", "frozen": "BatchNorm2d", "group": f"GroupNorm({model.norm_groups})"}
+    config = {
+        "architecture": model.name,
+        "block": "Bottleneck",
+        "layers": layers,
+        "groups": model.groups,
+        "width_per_group": model.width,
+        "norm": norms[model.norm],
+        "step": checkpoint.meta.step,
+        "images": checkpoint.meta.samples,
+        "vocabulary_hash": checkpoint.meta.vocabulary_hash,
+    }
+    return config | ({"num_classes": checkpoint.tensors["head.weight"].shape[0]} if head else {})
