@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from scale_wsl import cli
 from scale_wsl.checkpoint.saver import Saver
-from scale_wsl.models.resnext import ModelConfig, build_trunk
+from scale_wsl.models.resnext import ModelConfig
+from scale_wsl.models.weights import build_trunk
 from scale_wsl.shards import FlatShard
 from tests.checkpoint import states
 from tests.ranks import run_ranks
