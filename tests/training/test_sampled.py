@@ -13,6 +13,7 @@ from scale_wsl.models.head_optimizer import HeadSGD
 from scale_wsl.training.loop import Trainer
 from tests.engines import parity
 from tests.ranks import run_ranks
+from tests.training.launching import TINY, Ranks
 
 _SAMPLED = 4
 
@@ -110,3 +111,12 @@ def _refused() -> str:
 def test_another_optimizer_is_refused() -> None:
     (sentence,) = run_ranks(_refused, 1)
     assert "head.sampled is 4, but the head's optimizer is SGD" in sentence
+
+
+def test_a_recipe_can_ask_for_all_of_it(emoji_corpus: Path, tmp_path: Path) -> None:
+    """Group size by cost, sampling and smoothing, from the command line to the evaluation's table."""
+    settings = ["head.group_size=auto", "head.sampled=20", "head.smoothing=0.1", "schedule.length=6 steps"]
+    data = [f"data.train={emoji_corpus}", f"data.validation={emoji_corpus}", f"run.folder={tmp_path / 'run'}"]
+    ranks = Ranks([*TINY, *data, "tracking.enabled=false", "batch.micro=4", *settings], 2, tmp_path / "out")
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert "expected calibration error" in ranks.output()
