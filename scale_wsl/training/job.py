@@ -34,6 +34,7 @@ from scale_wsl.training import failure
 from scale_wsl.training.evaluate import EvaluateConfig
 from scale_wsl.training.resume import CheckpointConfig, resume_from
 from scale_wsl.training.schedule import BatchConfig, Duration, LearningRate, OptimConfig, ScheduleConfig
+from scale_wsl.training.start import Start
 from scale_wsl.training.tracking import TrackingConfig
 
 __all__ = ["OFFLOADED", "Job", "PretrainRecipe", "RunConfig", "prepare_job", "with_intact_checkpoint"]
@@ -87,6 +88,7 @@ class Job:
     learning_rate: LearningRate
     deepspeed: dict[str, Any] | None
     resume: tuple[Path, Meta] | None
+    start: Start | None  # of a new run, from another run's weights
     lock: FileLock | None  # rank 0's hold on the run folder, until this process ends
 
     @property
@@ -104,6 +106,7 @@ class Job:
             "ds_config": json.dumps(self.deepspeed),
             "number of ranks on its host": str(ranks_per_node()) if self.recipe.head.group_size == "auto" else "",
             "checkpoint to go on from": f"{path} at {meta.samples} images" if meta else str(path),
+            "checkpoint to start from": str(self.start.checkpoint.meta) if self.start else "",
         }
 
     def samples(self, duration: str, key: str) -> int:
@@ -164,6 +167,7 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
         raise UserError(
             f"schedule.warm_up is {recipe.schedule.warm_up!r}, {warm_up:,} images, but the whole training has {total:,}"
         )
+    resume = _resume(recipe, train, order)
     learning_rate = LearningRate.of(recipe.optim, recipe.schedule, batch=batch.total, warm_up=warm_up, total=total)
     return Job(
         recipe=recipe,
@@ -174,7 +178,8 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
         total=total,
         learning_rate=learning_rate,
         deepspeed=_deepspeed(recipe, batch, learning_rate.peak),
-        resume=_resume(recipe, train, order),
+        resume=resume,
+        start=_start(recipe, train) if resume is None else None,
         lock=_take(recipe.folder) if world.is_main else None,
     )
 
@@ -188,6 +193,9 @@ def with_intact_checkpoint(job: Job, world: World) -> Job:
         UserError: the checkpoint that was named is damaged; on every rank alike.
     """
     damaged: frozenset[Path] = frozenset()
+    if job.start is not None:
+        with agree(world):
+            _verify(job.start.checkpoint.path, world)
     while job.resume is not None:
         path, _ = job.resume
         try:
@@ -201,9 +209,17 @@ def with_intact_checkpoint(job: Job, world: World) -> Job:
                 _log.warning("passing over a damaged checkpoint: %s", error)
             damaged |= {path}
         with agree(world):
-            job = replace(job, resume=_resume(job.recipe, job.train, job.order, damaged))
+            resume = _resume(job.recipe, job.train, job.order, damaged)
+            job = replace(job, resume=resume, start=_start(job.recipe, job.train) if resume is None else None)
         same_everywhere(world, job.facts())
     return job
+
+
+def _start(recipe: PretrainRecipe, train: Dataset) -> Start | None:
+    config = recipe.checkpoint
+    if not config.start_from:
+        return None
+    return Start.open(config.start_from, train, seed=recipe.run.seed, take_ambiguous=config.take_ambiguous)
 
 
 def _verify(path: Path, world: World) -> None:

@@ -1,4 +1,4 @@
-"""When a run saves, how many checkpoints it keeps, and which one it goes on from."""
+"""When a run saves, how many checkpoints it keeps, which one it goes on from, and what a new run starts from."""
 
 from __future__ import annotations
 
@@ -31,7 +31,20 @@ class CheckpointConfig:
         "'auto': from the newest whole checkpoint of run.folder, if any; or a checkpoint's folder; --resume sets it",
     )
 
+    start_from: str = setting(
+        "",
+        "checkpoint (or run folder) of another run whose weights this one starts from: the trunk as it is, the head's "
+        "rows by hashtag where the vocabulary is another; momentum, schedule and order of images start anew",
+    )
+    take_ambiguous: bool = setting(
+        False, "start_from: a hashtag that stood for other synsets there takes its row all the same"
+    )
+
     def __post_init__(self) -> None:
+        if self.take_ambiguous and not self.start_from:
+            raise UserError(
+                "checkpoint.take_ambiguous is set, but not checkpoint.start_from, whose head it is about"
+            )
         if self.keep < 1:
             raise UserError(f"checkpoint.keep is {self.keep}, but must be 1 or more")
         Duration.parse(self.every, "checkpoint.every")

@@ -67,6 +67,9 @@ class Session:
         if resumed:
             source = state.weights_of(resumed, trunk)
             state.load_head(resumed, self.head)
+        elif job.start:
+            source = state.weights_of(job.start.checkpoint, trunk)
+            state.fill_head(job.start.source, self.head)
         settings = recipe.optim.settings
         self.engine = build_engine(recipe.engine, trunk, source, settings, world, job.deepspeed)
         self.head_optimizer = settings.of_head(self.head)
@@ -229,6 +232,9 @@ class Session:
             f"{job.total:,} images = {job.epochs(job.total):.1f} epochs, "
             f"learning rate up to {job.learning_rate.peak:.4g}",
         ]
+        if job.start:
+            lines.append(f"starting from {job.start.checkpoint.path}: {job.start.report.summary()}")
+            job.start.write_report(job.folder)
         if job.resume:
             lines.append(f"going on from {job.resume[0]} ({self.trainer.counter.samples:,} images done)")
         print("\n".join(lines), flush=True)

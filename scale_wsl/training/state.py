@@ -17,7 +17,7 @@ from scale_wsl.errors import UserError
 from scale_wsl.models.head import ShardedHead
 from scale_wsl.shards import FlatShard, Source
 
-__all__ = ["load_head", "load_optimizer_state", "shards", "weights_of"]
+__all__ = ["fill_head", "load_head", "load_optimizer_state", "shards", "weights_of"]
 
 _TRUNK, _HEAD = "trunk.", "head."
 
@@ -61,6 +61,12 @@ def load_head(checkpoint: Checkpoint, head: ShardedHead) -> None:
         UserError: it is another head's.
     """
     checkpoint.load(dict(_head_weights(head)))
+
+
+def fill_head(source: Source, head: ShardedHead) -> None:
+    """Fill the head's rows from a source of any kind, of this head's vocabulary."""
+    for name, shard in _head_weights(head):
+        shard.fill(name, source)
 
 
 def load_optimizer_state(
