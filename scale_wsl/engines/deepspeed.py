@@ -33,6 +33,8 @@ __all__ = ["DeepSpeedEngine"]
 
 def _import_deepspeed(world: World) -> Any:
     """DeepSpeed, told which accelerator there is, quiet below warnings, and building no operator that we do not use."""
+    for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.local_rank), ("WORLD_SIZE", world.size)):
+        os.environ.setdefault(name, str(value))  # it insists on a launcher, which one process needs not
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it announces its choice of accelerator as a warning
@@ -142,14 +144,17 @@ class DeepSpeedEngine(Engine):
 
     def _joint_norm(self, trunk_norm: Callable[..., Any]) -> Callable[..., Tensor]:
         def joint_norm(*arguments: Any, **keywords: Any) -> Tensor:
-            trunk = torch.as_tensor(trunk_norm(*arguments, **keywords), dtype=torch.float64, device=self.device)
-            return (trunk.square() + self._head_square_norm).sqrt()
+            # On its own device: with offloading DeepSpeed computes it, and multiplies gradients by it, on the CPU.
+            trunk = torch.as_tensor(trunk_norm(*arguments, **keywords)).double()
+            return (trunk.square() + self._head_square_norm.to(trunk.device)).sqrt()
 
         return joint_norm
 
     def _joint_norm_groups(self, trunk_norms: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
         def joint_norm_groups() -> list[Any]:
-            return [*trunk_norms(), self._head_square_norm.sqrt()]
+            norms = trunk_norms()
+            head = self._head_square_norm.sqrt()
+            return [*norms, head.to(norms[0].device) if norms and isinstance(norms[0], Tensor) else head]
 
         return joint_norm_groups
 

@@ -98,9 +98,11 @@ class FSDPEngine(Engine):
     def _features(self, images: Tensor, *, training: bool) -> Tensor:
         features: Tensor = self.trunk(images)
         if not training:
-            # After a forward pass without a backward pass the root would stay gathered, under plain parameters.
-            assert isinstance(self.trunk, FSDPModule)
-            self.trunk.reshard()
+            # Without a backward pass after it, what was not resharded would stay gathered, under plain parameters:
+            # the root always, the blocks where they are to be kept until then.
+            for module in self.trunk.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         return features
 
     def step(self, learning_rate: float, head_square_norm: Tensor, max_norm: float) -> StepResult:
@@ -147,6 +149,7 @@ class FSDPEngine(Engine):
     def _shard(self, tensor: Tensor) -> FlatShard:
         """Rows `[start, stop)` of a sharded tensor are a range of its elements."""
         if not isinstance(tensor, DTensor):
+            assert tensor.ndim <= 1 or not tensor.requires_grad, "a sharded parameter is gathered"
             return self._copied(tensor)
         local, mesh = tensor.to_local().detach(), tensor.device_mesh
         ranks, rank = mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)

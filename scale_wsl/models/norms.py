@@ -1,4 +1,4 @@
-"""Normalisation layers that torch has not: BatchNorm that stays as loaded, and BatchNorm synchronised on a CPU.
+"""Normalisation layers that torch has not: BatchNorm that stays as loaded, and BatchNorm synchronised on any device.
 
 Parameters and buffers carry BatchNorm's names, so state dicts interchange with plain BatchNorm.
 """
@@ -34,7 +34,9 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over the images of all ranks of a group, on any device (`nn.SyncBatchNorm` refuses a CPU).
+    """BatchNorm over the images of all ranks of a group, on any device.
+
+    torch's `nn.SyncBatchNorm` refuses a CPU, and a layer that must not count batches, as in recomputation.
 
     In training, every rank of the group calls it equally often; images per rank may differ. One all-gather of means and
     variances in the forward pass, one all-reduce of two sums in the backward pass, both in fp32 (float64 in float64).
@@ -102,13 +104,9 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
 def synchronise_batchnorm(module: nn.Module, group: ProcessGroup | None) -> None:
     """Turn every trained BatchNorm of a module into one over the ranks of `group` (None: all), in place.
 
-    Parameters and buffers stay the same objects. On a GPU it is torch's own `nn.SyncBatchNorm`.
+    Parameters and buffers stay the same objects.
     """
-    on_gpu = torch.cuda.is_available()
     for layer in module.modules():
         if type(layer) is nn.BatchNorm2d:
-            layer.__class__ = nn.SyncBatchNorm if on_gpu else SyncBatchNorm2d  # type: ignore[assignment]
-            if on_gpu:
-                layer.process_group = group or torch.distributed.group.WORLD  # type: ignore[assignment]
-            else:
-                layer.group = group  # type: ignore[assignment]
+            layer.__class__ = SyncBatchNorm2d
+            layer.group = group  # type: ignore[assignment]

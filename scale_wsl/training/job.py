@@ -193,9 +193,6 @@ def with_intact_checkpoint(job: Job, world: World) -> Job:
         UserError: the checkpoint that was named is damaged; on every rank alike.
     """
     damaged: frozenset[Path] = frozenset()
-    if job.start is not None:
-        with agree(world):
-            _verify(job.start.checkpoint.path, world)
     while job.resume is not None:
         path, _ = job.resume
         try:
@@ -212,6 +209,9 @@ def with_intact_checkpoint(job: Job, world: World) -> Job:
             resume = _resume(job.recipe, job.train, job.order, damaged)
             job = replace(job, resume=resume, start=_start(job.recipe, job.train) if resume is None else None)
         same_everywhere(world, job.facts())
+    if job.start is not None:
+        with agree(world):
+            _verify(job.start.checkpoint.path, world)
     return job
 
 

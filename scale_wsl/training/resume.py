@@ -42,9 +42,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.take_ambiguous and not self.start_from:
-            raise UserError(
-                "checkpoint.take_ambiguous is set, but not checkpoint.start_from, whose head it is about"
-            )
+            raise UserError("checkpoint.take_ambiguous is set, but not checkpoint.start_from, whose head it is about")
         if self.keep < 1:
             raise UserError(f"checkpoint.keep is {self.keep}, but must be 1 or more")
         Duration.parse(self.every, "checkpoint.every")
