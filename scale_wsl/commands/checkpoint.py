@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from scale_wsl.commands import nothing_else
+from scale_wsl.errors import UserError
 
 __all__ = ["add"]
 
@@ -74,12 +75,19 @@ def _verify(arguments: argparse.Namespace, extra: list[str]) -> None:
     from scale_wsl.checkpoint.layout import candidates
     from scale_wsl.checkpoint.reader import Checkpoint
 
+    damaged = []
     for path in candidates(arguments.path):
-        checkpoint = Checkpoint.open(path)
-        total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-        with tqdm(total=total, desc=path.name, unit="B", unit_scale=True) as bar:
-            checkpoint.verify(progress=bar.update)
-        print(f"{path}: all {total:,} bytes of {len(checkpoint.tensors):,} tensors are as they were saved")
+        try:
+            checkpoint = Checkpoint.open(path)
+            total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+            with tqdm(total=total, desc=path.name, unit="B", unit_scale=True) as bar:
+                checkpoint.verify(progress=bar.update)
+        except UserError as error:  # the others are looked at all the same
+            damaged.append(str(error))
+        else:
+            print(f"{path}: all {total:,} bytes of {len(checkpoint.tensors):,} tensors are as they were saved")
+    if damaged:
+        raise UserError("; ".join(damaged))
 
 
 def _export(arguments: argparse.Namespace, extra: list[str]) -> None:
