@@ -1,7 +1,7 @@
 """How large a network each engine trains on this machine: the ladder of ResNeXt-101 32xCd, climbed until memory ends.
 
-    python benchmarks/capacity.py                                  # every engine, 2 gloo ranks, 20 GiB in all: an hour
-    python benchmarks/capacity.py --engines fsdp zero3 --widths 4 8 --limit-gib 6              # minutes
+    python benchmarks/capacity.py                                  # every engine, 2 gloo ranks, 20 GiB in all
+    python benchmarks/capacity.py --engines fsdp zero3 --widths 4 8 --limit-gib 6
 
 A rung is taken when 3 real training steps are done - forward, backward, Nesterov momentum - on the same images, the
 loss falls from the first to the last, and the ranks together never held more than the limit. Each rung is tried in

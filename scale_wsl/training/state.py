@@ -82,7 +82,7 @@ def load_optimizer_state(
     if stored != wanted:
         raise UserError(
             f"{checkpoint.path} has the state of another optimizer ({', '.join(sorted(stored)) or 'none'}) than this "
-            f"recipe's ({', '.join(sorted(wanted)) or 'none'}): set optim.name and optim.momentum as in its recipe.yaml"
+            f"recipe's ({', '.join(sorted(wanted)) or 'none'}): set optim.name and optim.momentum as in its meta.json"
         )
     names = {f"{state}.{_TRUNK}{name}": shape for state in wanted for name, shape in engine.shapes.items()}
     checkpoint.check(names)
