@@ -1,8 +1,8 @@
 """The `fsdp` engine: torch's FSDP2, one unit for each residual block, rows of every kernel sharded over the ranks.
 
 With `engine.shard_group` it is HSDP: consecutive ranks share one copy of the trunk, and groups of them replicate it.
-Normalisation parameters are 0.04 to 0.3 % of a trunk, so every rank keeps them whole: fewer collectives, and they stay fp32
-without a policy of their own.
+Normalisation parameters are 0.04 to 0.3 % of a trunk, so every rank keeps them whole: fewer collectives, and they stay
+fp32 without a policy of their own.
 """
 
 from __future__ import annotations
