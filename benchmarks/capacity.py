@@ -8,15 +8,15 @@ loss falls from the first to the last, and the ranks together never held more th
 processes of its own; memory is their proportional set size (PSS), looked at every 50 ms, and the first look above the
 limit ends them. Weights are fp32, every block is recomputed, and the head has 1,500 hashtags. Nothing is simulated.
 
-Engines: those of a recipe; zero3_disk keeps weights, gradients and momentum on the disk under --scratch, of which it
-needs 16 bytes per parameter.
+Engines: those of a recipe. Those of DeepSpeed have the shipped file (zero3_disk: zero3_nvme.json) with small buckets
+and, under ZeRO-3, without gathering weights before they are needed. zero3_disk keeps weights, gradients and momentum on
+the disk under --scratch, of which it needs 16 bytes per parameter.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import os
 import shutil
 import signal
@@ -33,22 +33,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from launch import on_ranks
+from synthetic import random_batch, random_trainer, resolved
 
 from scale_wsl.engines import ds_config
-from scale_wsl.engines.build import build_engine
 from scale_wsl.engines.config import EngineConfig
-from scale_wsl.engines.world import World, joined_world
-from scale_wsl.loading.loader import Batch
-from scale_wsl.models.head import ShardedHead, head_mesh
-from scale_wsl.models.resnext import ModelConfig, describe_trunk, parameter_count
-from scale_wsl.models.weights import initial_weights
-from scale_wsl.training.loop import Counter, Trainer
+from scale_wsl.engines.world import joined_world
+from scale_wsl.models.resnext import ModelConfig, parameter_count
 from scale_wsl.training.preemption import Preemption
-from scale_wsl.training.schedule import LearningRate, OptimConfig
 
+_FILES = {"zero1": "zero1.json", "zero2": "zero2.json", "zero3": "zero3.json", "zero3_disk": "zero3_nvme.json"}
 _ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "fairscale", "zero3_disk")
 _WIDTHS = (4, 8, 16, 32, 48, 64, 96, 128, 192)
-_LABELS = 1500
 _STEPS = 3
 _DONE = "losses"
 
@@ -56,67 +51,28 @@ _DONE = "losses"
 # --- one rung, on each rank --------------------------------------------------------------------------------------
 
 
-def _content(name: str, scratch: str) -> dict[str, Any]:
-    """A ds_config for little memory: small buckets, nothing kept gathered."""
-    block: dict[str, Any] = {
-        "stage": int(name[4]),
-        "reduce_bucket_size": 10_000_000,
-        "allgather_bucket_size": 10_000_000,
-    }
+def _content(name: str) -> dict[str, Any]:
+    """The shipped ds_config, with small buckets and, under ZeRO-3, nothing gathered before it is needed."""
+    content = ds_config.read(ds_config.find(_FILES[name]))
+    block = content["zero_optimization"]
+    block |= {"reduce_bucket_size": 1e7, "allgather_bucket_size": 1e7}
     if block["stage"] == 3:
-        block |= {
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 0,
-            "stage3_max_reuse_distance": 0,
-            "stage3_prefetch_bucket_size": 0,
-            "sub_group_size": 50_000_000,
-        }
-    if name.endswith("disk"):
-        block["offload_optimizer"] = {"device": "nvme", "nvme_path": scratch, "buffer_count": 5, "pin_memory": False}
-        block["offload_param"] = {"device": "nvme", "nvme_path": scratch, "buffer_count": 5, "pin_memory": False}
-    return {"zero_optimization": block}
+        none_early = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+        block |= {f"stage3_{key}": 0 for key in none_early} | {"sub_group_size": 5e7}
+    return content
 
 
 def _rung(name: str, width: int, arguments: argparse.Namespace) -> None:
     """Train three steps; rank 0 prints the losses and the seconds of a step."""
     warnings.simplefilter("ignore")
     model = ModelConfig(width=width)
-    optim = OptimConfig()
-    zero = name.startswith("zero")
     with joined_world() as world:
-        trunk = describe_trunk(model)
         deepspeed = None
-        if zero:
-            content = _content(name, arguments.scratch)
-            if name.endswith("disk"):  # a buffer holds this rank's part of the largest kernel
-                largest = max(parameter.numel() for parameter in trunk.parameters())
-                size = -(-largest // world.size // 1024 + 1) * 1024
-                content["zero_optimization"]["offload_param"]["buffer_size"] = size
-            deepspeed = ds_config.resolve(
-                content,
-                "the benchmark",
-                batch=ds_config.BatchSizes(arguments.micro, 1, world.size),
-                optimizer=optim.settings,
-                learning_rate=arguments.rate,
-                clip=0.0,
-                precision="fp32",
-                scratch=arguments.scratch,
-            )
-        config = EngineConfig(name="deepspeed" if zero else name, checkpointing="blocks")
-        head = ShardedHead(_LABELS, trunk.num_features, mesh=head_mesh())
-        trainer = Trainer(
-            engine=build_engine(config, trunk, initial_weights(model, 0), optim.settings, world, deepspeed),
-            head=head,
-            head_optimizer=optim.settings.of_head(head),
-            batches=itertools.repeat(_batch(arguments, world)),
-            accumulation=1,
-            world=world,
-            optim=optim,
-            learning_rate=LearningRate(arguments.rate, arguments.rate, 0, 10**9, 0),
-            max_corrupt=0.0,
-            seed=0,
-            counter=Counter(),
-        )
+        if name in _FILES:
+            deepspeed = resolved(_content(name), model, arguments.micro, world, arguments.scratch)
+        config = EngineConfig(name="deepspeed" if deepspeed else name, checkpointing="blocks")
+        batch = random_batch(arguments.micro, arguments.image_size, world)
+        trainer = random_trainer(config, model, batch, arguments.rate, world, deepspeed)
         preemption = Preemption()
         started = time.perf_counter()
         for _ in range(_STEPS):
@@ -126,14 +82,6 @@ def _rung(name: str, width: int, arguments: argparse.Namespace) -> None:
         dist.all_reduce(losses)
         if world.is_main:
             print(_DONE, *losses.tolist(), seconds, flush=True)
-
-
-def _batch(arguments: argparse.Namespace, world: World) -> Batch:
-    numbers = torch.Generator().manual_seed(world.rank)
-    shape = (arguments.micro, 3, arguments.image_size, arguments.image_size)
-    images = torch.randint(0, 256, shape, generator=numbers, dtype=torch.uint8)
-    ids = torch.randint(0, _LABELS, (arguments.micro, 3), generator=numbers)
-    return Batch(images, ids, torch.full(ids.shape, 1 / 3), torch.arange(arguments.micro))
 
 
 # --- the climb ---------------------------------------------------------------------------------------------------

@@ -15,9 +15,7 @@ was written. Every figure is that of the slower rank. The claim is a stall below
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import socket
 import statistics
 import tempfile
 import time
@@ -30,11 +28,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from launch import on_ranks
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from scale_wsl.checkpoint.layout import Meta
@@ -218,12 +216,11 @@ def rates(path: Path, state: State) -> tuple[float, float]:
     return total / check, total / read
 
 
-def rank_main(rank: int, port: int, arguments: argparse.Namespace, folder: str) -> None:
+def on_rank(arguments: argparse.Namespace, folder: str) -> None:
     """One rank; the first prints."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     state = State(arguments.width, arguments.step_seconds)
     with tqdm(total=4 * (arguments.saves + 1), desc="saves", disable=None if rank == 0 else True) as bar:
         found = ours(state, Path(folder), arguments.saves, bar)
@@ -277,11 +274,8 @@ def main() -> None:
     parser.add_argument("--step-seconds", type=float, default=2.0, help="of forward and backward")
     parser.add_argument("--folder", help="where to save; default: a temporary folder")
     arguments = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        spawn(rank_main, (port, arguments, folder), nprocs=RANKS)  # type: ignore[no-untyped-call]
+        on_ranks(on_rank, RANKS, arguments, folder)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ median over rounds of some steps each; ratios are ours over theirs in the same r
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import time
 import warnings
@@ -22,79 +21,45 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from launch import on_ranks
+from synthetic import LABELS, OPTIM, random_batch, random_trainer, resolved
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from scale_wsl.engines import ds_config
-from scale_wsl.engines.build import build_engine
 from scale_wsl.engines.config import EngineConfig
 from scale_wsl.engines.world import World, joined_world
 from scale_wsl.loading.decode import normalize
-from scale_wsl.loading.loader import Batch
 from scale_wsl.models.head import ShardedHead, head_mesh
 from scale_wsl.models.recompute import residual_blocks
-from scale_wsl.models.resnext import ModelConfig, describe_trunk
-from scale_wsl.models.weights import build_trunk, initial_weights
-from scale_wsl.training.loop import Counter, Trainer
+from scale_wsl.models.resnext import ModelConfig
+from scale_wsl.models.weights import build_trunk
 from scale_wsl.training.preemption import Preemption
-from scale_wsl.training.schedule import LearningRate, OptimConfig
 
 _ENGINES = ("ddp", "fsdp", "hsdp", "fairscale", "zero0", "zero1", "zero2", "zero3")
+_RATE = 0.01
 _Step = Callable[[], None]
-_OPTIM = OptimConfig()
 
 
-def _deepspeed(name: str, micro: int, world: World) -> dict[str, Any]:
+def _model(arguments: argparse.Namespace) -> ModelConfig:
+    return ModelConfig(depth=arguments.depth, width=arguments.width)
+
+
+def _deepspeed(name: str, arguments: argparse.Namespace, world: World) -> dict[str, Any]:
     """The same resolved ds_config for both sides."""
-    return ds_config.resolve(
-        {"zero_optimization": {"stage": int(name[4]), "stage3_param_persistence_threshold": 0}},
-        "the benchmark",
-        batch=ds_config.BatchSizes(micro, 1, world.size),
-        optimizer=_OPTIM.settings,
-        learning_rate=0.1,
-        clip=0.0,
-        precision="fp32",
-        scratch="",
-    )
-
-
-def _batch(arguments: argparse.Namespace, world: World) -> Batch:
-    numbers = torch.Generator().manual_seed(world.rank)
-    shape = (arguments.micro, 3, arguments.image_size, arguments.image_size)
-    images = torch.randint(0, 256, shape, generator=numbers, dtype=torch.uint8)
-    ids = torch.randint(0, arguments.labels, (arguments.micro, 3), generator=numbers)
-    return Batch(images, ids, torch.full(ids.shape, 1 / 3), torch.arange(arguments.micro))
-
-
-def _head(arguments: argparse.Namespace, num_features: int) -> ShardedHead:
-    return ShardedHead(arguments.labels, num_features, mesh=head_mesh())
+    stage = int(name[4])
+    block = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    return resolved({"zero_optimization": block}, _model(arguments), arguments.micro, world)
 
 
 def _ours(name: str, arguments: argparse.Namespace, world: World) -> _Step:
-    model = ModelConfig(depth=arguments.depth, width=arguments.width)
-    trunk = describe_trunk(model)
-    head = _head(arguments, trunk.num_features)
     zero = name.startswith("zero")
     config = EngineConfig(
         name="deepspeed" if zero else name.replace("hsdp", "fsdp"), shard_group=world.size // 2 if name == "hsdp" else 0
     )
-    deepspeed = _deepspeed(name, arguments.micro, world) if zero else None
-    batch = _batch(arguments, world)
-    trainer = Trainer(
-        engine=build_engine(config, trunk, initial_weights(model, 0), _OPTIM.settings, world, deepspeed),
-        head=head,
-        head_optimizer=_OPTIM.settings.of_head(head),
-        batches=itertools.repeat(batch),
-        accumulation=1,
-        world=world,
-        optim=_OPTIM,
-        learning_rate=LearningRate(start=0.01, peak=0.01, warm_up=0, total=10**9, halvings=0),
-        max_corrupt=0.0,
-        seed=0,
-        counter=Counter(),
-    )
+    deepspeed = _deepspeed(name, arguments, world) if zero else None
+    batch = random_batch(arguments.micro, arguments.image_size, world)
+    trainer = random_trainer(config, _model(arguments), batch, _RATE, world, deepspeed)
     preemption = Preemption()
 
     def step() -> None:
@@ -105,12 +70,12 @@ def _ours(name: str, arguments: argparse.Namespace, world: World) -> _Step:
 
 def _bare(name: str, arguments: argparse.Namespace, world: World) -> _Step:
     """The library alone: its averages over ranks stand, as in its documentation."""
-    trunk = build_trunk(ModelConfig(depth=arguments.depth, width=arguments.width), 0)
-    head = _head(arguments, trunk.num_features)
-    batch = _batch(arguments, world)
+    trunk = build_trunk(_model(arguments), 0)
+    head = ShardedHead(LABELS, trunk.num_features, mesh=head_mesh())
+    batch = random_batch(arguments.micro, arguments.image_size, world)
     labelled = arguments.micro * world.size
     wrapped, update = _wrap(name, trunk, arguments, world)
-    head_optimizer = _OPTIM.settings.of_head(head)
+    head_optimizer = OPTIM.settings.of_head(head)
 
     def step() -> None:
         features = wrapped(normalize(batch.images))
@@ -128,13 +93,13 @@ def _wrap(
     """A trunk as the library wraps it, and what goes backward from a loss and updates it."""
 
     def sgd(module: nn.Module) -> torch.optim.SGD:
-        return torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        return torch.optim.SGD(module.parameters(), lr=_RATE, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
     if name.startswith("zero"):
         import deepspeed
 
         engine, *_ = deepspeed.initialize(
-            model=trunk, optimizer=sgd(trunk), config=_deepspeed(name, arguments.micro, world), dist_init_required=False
+            model=trunk, optimizer=sgd(trunk), config=_deepspeed(name, arguments, world), dist_init_required=False
         )
 
         def with_deepspeed(loss: Tensor) -> None:
@@ -147,7 +112,7 @@ def _wrap(
     elif name == "fairscale":
         from scale_wsl.engines.fairscale import require_fairscale
 
-        fairscale = require_fairscale()
+        fairscale = require_fairscale(world.device)
         keywords = {"flatten_parameters": False, "compute_device": world.device, "bucket_cap_mb": 0}
         for block, module in list(residual_blocks(trunk)):
             parent, _, local = block.rpartition(".")
@@ -207,7 +172,6 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--micro", type=int, default=16, help="images per rank and step")
-    parser.add_argument("--labels", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=3, help="steps in a round")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
 import sys
 import time
@@ -46,14 +45,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from launch import on_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from scale_wsl.collectives import all_gather_rows, all_reduce, reduce_scatter_rows
+from scale_wsl.collectives import all_gather_rows, all_reduce, start_reduce_scatter_rows
 from scale_wsl.models.head import ShardedHead, head_mesh
 from scale_wsl.models.head_optimizer import HeadSGD
 
@@ -92,7 +91,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return reduce_scatter_rows(gradient)
+        return start_reduce_scatter_rows(gradient).wait()
 
 
 class _ThreeReduces(torch.autograd.Function):
@@ -301,10 +300,9 @@ def _measure(vocabulary: int, features: int, arguments: argparse.Namespace) -> d
     return found
 
 
-def _rank(rank: int, port: int, world: int, arguments: argparse.Namespace) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
-    torch.set_num_threads(arguments.threads)
+def _on_rank(arguments: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
     measured = []
     for vocabulary in arguments.vocabulary:
         features = arguments.features
@@ -361,12 +359,6 @@ def _print_growth(world: int, measured: list[tuple[int, int, Row]]) -> None:
         )
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -384,7 +376,7 @@ def main() -> None:
     print(f"N {arguments.images}, fp32; ratios are ours / this: median (quartiles) over the rounds")
     print("ranks          V      D head                  ms       MiB   time               CPU time           memory")
     for world in arguments.ranks:
-        spawn(_rank, args=(_free_port(), world, arguments), nprocs=world)  # type: ignore[no-untyped-call]
+        on_ranks(_on_rank, world, arguments, threads=arguments.threads)
 
 
 if __name__ == "__main__":

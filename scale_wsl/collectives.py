@@ -20,7 +20,6 @@ __all__ = [
     "exchange_rows",
     "group_rank",
     "group_size",
-    "reduce_scatter_rows",
     "start_all_gather_rows",
     "start_reduce_scatter_rows",
 ]
@@ -82,11 +81,6 @@ def start_reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None = None, *
         return Pending(own, dist.all_reduce(rows, group=group, async_op=True))
     own = rows.new_empty(rows.shape[0] // size, *rows.shape[1:])
     return Pending(own, _reduce_scatter(own, rows.contiguous(), group=group, async_op=True))
-
-
-def reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """The sum over g ranks of `[g*n, ...]`, of which each rank receives its own `[n, ...]`; on one rank `rows`."""
-    return start_reduce_scatter_rows(rows, group).wait()
 
 
 def exchange_rows(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:

@@ -22,7 +22,7 @@ def _everything() -> list[bool]:
     mine = _rows(rank, 3 * size)
     total = torch.stack([_rows(other, 3 * size) for other in range(size)]).sum(0)
     own = slice(3 * rank, 3 * rank + 3)
-    correct.append(torch.equal(collectives.reduce_scatter_rows(mine.clone()), total[own]))
+    correct.append(torch.equal(collectives.start_reduce_scatter_rows(mine.clone()).wait(), total[own]))
     received = torch.cat([_rows(other, 3 * size)[own] for other in range(size)])
     correct.append(torch.equal(collectives.exchange_rows(mine), received))
     summed = mine.clone()
@@ -43,6 +43,6 @@ def test_without_a_process_group_nothing_is_done() -> None:
     rows = _rows(0, 4)
     assert (collectives.group_rank(), collectives.group_size()) == (0, 1)
     assert collectives.all_gather_rows(rows) is rows
-    assert collectives.reduce_scatter_rows(rows) is rows
+    assert collectives.start_reduce_scatter_rows(rows).wait() is rows
     assert collectives.exchange_rows(rows) is rows
     assert collectives.all_reduce(rows) is rows

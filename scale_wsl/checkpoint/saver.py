@@ -114,6 +114,9 @@ class Saver:
                     _, problem = _attempt(lambda: self._copy(threads, later))
                 finally:
                     self._staged.set()
+                if self._copies is not None:
+                    _, lost = _attempt(self._copies.synchronize)
+                    problem = problem or lost
                 self._failure = self._save(
                     final, meta, files, lambda: self._write(threads, aside_of(final), 0, report, pieces), problem
                 )
@@ -126,8 +129,7 @@ class Saver:
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)  # the device waits, not this thread
             self._copied = None
-        elif not self._cuda:
-            self._staged.wait()
+        self._staged.wait()
 
     @property
     def failed(self) -> bool:
@@ -183,33 +185,35 @@ class Saver:
     def _stage(
         self, shards: Iterable[tuple[str, FlatShard]]
     ) -> tuple[index.Report, list[tuple[Piece, Box]], list[tuple[Tensor, Tensor]]]:
-        """Copy what does not last; returns the pieces in host memory, and what is left to be copied: to, from."""
+        """Copy what does not last; returns the pieces in host memory, and what is left for threads to copy: to, from.
+
+        What lasts on a GPU is copied by a stream of its own; what is offloaded is in host memory already, as on a CPU.
+        """
         self._staging.reset()
-        report, pieces, later = index.Report(), [], []
+        report, pieces = index.Report(), []
+        later: list[tuple[Tensor, Tensor]] = []
+        streamed: list[tuple[Tensor, Tensor]] = []
         for name, shard in shards:
             report.tensors[name] = (dtype_name(shard.local.dtype), tuple(shard.shape))
             for piece, box in owned_pieces(name, shard):
                 values = self._staging.like(piece.values)
                 pieces.append((replace(piece, values=values), box))
                 if shard.lasting:
-                    later.append((values, piece.values))
+                    (streamed if piece.values.is_cuda else later).append((values, piece.values))
                 else:
                     values.copy_(piece.values, non_blocking=self._cuda)
         if self._copies is not None:
             self._copies.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._copies):
-                for values, live in later:
+                for values, live in streamed:
                     values.copy_(live, non_blocking=True)
                 self._copied = self._copies.record_event()
         return report, pieces, later
 
     def _copy(self, threads: ThreadPoolExecutor, later: list[tuple[Tensor, Tensor]]) -> None:
-        """Copy what lasts; runs beside training."""
-        if self._copies is not None:
-            self._copies.synchronize()  # it has been told to; see `_stage`
-        else:
-            for _ in threads.map(lambda pair: pair[0].copy_(pair[1]), _in_blocks(later)):
-                pass
+        """Copy what lasts in host memory; runs beside training."""
+        for _ in threads.map(lambda pair: pair[0].copy_(pair[1]), _in_blocks(later)):
+            pass
 
     def _write_at_once(
         self, threads: ThreadPoolExecutor, aside: Path, shards: Iterable[tuple[str, FlatShard]]

@@ -1,9 +1,9 @@
 """The `deepspeed` engine: the trunk under DeepSpeed ZeRO-0, 1, 2 or 3, the hashtag head outside.
 
 DeepSpeed's private hooks are used where it has no public one: the joint norm (`scaled_global_norm` of ZeRO-1/2 and
-`_get_norm_groups` of ZeRO-3), construction by shards (`_convert_to_deepspeed_param`), and the partitions of weights and
-optimizer state (`_hp_mapping`, `ds_tensor`, `_get_fp32_opt_state_partition`). The package therefore pins DeepSpeed's
-minor version, and `tests/engines/` pins what each hook does.
+`_get_norm_groups` of ZeRO-3), construction by shards (`_convert_to_deepspeed_param`), gradients while the optimizer's
+state is on disk (`swap_out_gradients`), and the partitions of weights and optimizer state (`_hp_mapping`, `ds_tensor`,
+`grad_position`). The package therefore pins DeepSpeed's minor version, and `tests/engines/` pins what each hook does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from scale_wsl.engines.base import Engine, StepResult, square_norm
 from scale_wsl.engines.config import EngineConfig
-from scale_wsl.engines.ds_zero import uses_disk
+from scale_wsl.engines.ds_zero import disk_folders
 from scale_wsl.engines.optimizer import OptimizerSettings
 from scale_wsl.engines.world import World
 from scale_wsl.errors import UserError
@@ -93,7 +93,7 @@ class DeepSpeedEngine(Engine):
         # Autocast is DeepSpeed's own torch_autocast: two of them would be one too many.
         super().__init__(trunk, settings, world, precision="fp32", channels_last=config.channels_last)
         deepspeed = _import_deepspeed(world)
-        if uses_disk(ds_config):
+        if disk_folders(ds_config):
             _require_disk_io()
         self.gradient_divisor = world.size
         self.stage: int = ds_config["zero_optimization"]["stage"]
@@ -113,6 +113,8 @@ class DeepSpeedEngine(Engine):
             self.zero.scaled_global_norm = self._joint_norm(self.zero.scaled_global_norm)
         elif self.stage == 3:
             self.zero._get_norm_groups = self._joint_norm_groups(self.zero._get_norm_groups)
+            if self.zero.swap_optimizer:
+                self.zero.optimizer_swapper.swap_out_gradients = self._keep_gradients()
 
     @torch.no_grad()
     def _partition(self, deepspeed: Any, source: Source, ds_config: dict[str, Any]) -> None:
@@ -139,6 +141,26 @@ class DeepSpeedEngine(Engine):
                 else:
                     shard.fill(name, source)
                     setattr(module, local, whole)
+
+    def _keep_gradients(self) -> Callable[..., None]:
+        """ZeRO-3 with its optimizer on disk: let a sub-group's gradients be read from where they are, in memory.
+
+        DeepSpeed 0.19 writes each parameter's to a file of its own beside, and reads these to addresses that are not
+        multiples of 512 bytes, where reads may fail without a word: parameters then get each other's gradients, or
+        none. Its buffer of gradients holds the sub-groups one after another.
+        """
+        zero, starts = self.zero, {}
+        start = 0
+        for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            length = zero.fp16_partitioned_groups_flat_numel[group]
+            starts[flat.ds_id] = (start, length)
+            start += length
+
+        def keep(*, parameter: Any, gradient_offsets: list[int], gradient_tensors: list[Tensor]) -> None:
+            gradients = zero.grad_partitions_flat_buffer.narrow(0, *starts[parameter.ds_id])
+            zero.optimizer_swapper.swap_params_info[parameter.ds_id].unswapped_gradients = {0: gradients}
+
+        return keep
 
     # --- the joint norm ------------------------------------------------------------------------------------------
 
@@ -220,13 +242,12 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             yield from self._whole_state()
             return
+        if self.stage == 3:
+            yield from self._state_of_zero3(write)
+            return
         for name, parameter in self.parameters.items():
             for key, state in self.settings.states.items():
-                if self.stage == 3:
-                    with self._stepped_by_zero3(parameter, key, write) as (buffer, lasting):
-                        yield f"{state}.{name}", self._partition_of(parameter, buffer, lasting=lasting)
-                else:
-                    yield f"{state}.{name}", self._stepped_by_zero2(parameter, self.shapes[name], key)
+                yield f"{state}.{name}", self._stepped_by_zero2(parameter, self.shapes[name], key)
 
     def _partition_of(self, parameter: Any, flat: Tensor, *, lasting: bool) -> FlatShard:
         """ZeRO-3: partitions are padded to a common length, and the last ranks' go past the parameter's end."""
@@ -234,23 +255,29 @@ class DeepSpeedEngine(Engine):
         stop = min(start + flat.numel(), parameter.ds_numel)
         return FlatShard(flat.detach()[: stop - start], parameter.ds_shape, start, lasting=lasting)
 
-    @contextmanager
-    def _stepped_by_zero3(self, parameter: Any, key: str, write: bool) -> Iterator[tuple[Tensor, bool]]:
-        """This rank's partition of a parameter's state, and whether it stays: where it lives on disk, it goes back."""
-        zero = self.zero
-        group = zero.grad_position[zero.get_param_id(parameter)][0]
-        on_disk = zero._swappable_optimizer_subgroup(group)
-        if on_disk:
-            zero._optimizer_states_and_gradient_swap_in(group)
-        new = self.optimizer.state[zero.fp32_partitioned_groups_flat[group]].get(key) is None
-        self.settings.state_tensor(self.optimizer, zero.fp32_partitioned_groups_flat[group], key)
-        _, offset, length = zero.grad_position[zero.get_param_id(parameter)]
-        flat = self.optimizer.state[zero.fp32_partitioned_groups_flat[group]][key]
-        yield flat.narrow(0, offset, length), not on_disk
-        if on_disk and (write or new):
-            zero._optimizer_states_and_gradient_swap_out(group)
-        elif on_disk:
-            zero._release_swap_buffers(group)
+    def _state_of_zero3(self, write: bool) -> Iterator[tuple[str, FlatShard]]:
+        """This rank's partitions, one sub-group of parameters after another: what is on disk is read once, whole."""
+        zero, keys = self.zero, self.settings.states
+        groups: dict[int, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            groups.setdefault(zero.grad_position[zero.get_param_id(parameter)][0], []).append(name)
+        for group, names in groups.items() if keys else ():
+            on_disk = zero._swappable_optimizer_subgroup(group)
+            if on_disk:
+                zero._optimizer_states_and_gradient_swap_in(group)
+            flat = zero.fp32_partitioned_groups_flat[group]
+            new = any(self.optimizer.state[flat].get(key) is None for key in keys)
+            buffers = {state: self.settings.state_tensor(self.optimizer, flat, key) for key, state in keys.items()}
+            for name in names:
+                parameter = self.parameters[name]
+                _, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+                for state, buffer in buffers.items():
+                    shard = self._partition_of(parameter, buffer.narrow(0, offset, length), lasting=not on_disk)
+                    yield f"{state}.{name}", shard
+            if on_disk and (write or new):
+                zero._optimizer_states_and_gradient_swap_out(group)
+            elif on_disk:
+                zero._release_swap_buffers(group)
 
     def _stepped_by_zero2(self, parameter: Any, shape: torch.Size, key: str) -> FlatShard:
         """ZeRO-1/2: the elements of a parameter that this rank steps, of which there may be none."""

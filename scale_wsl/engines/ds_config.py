@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scale_wsl.engines.ds_zero import aio, zero
+from scale_wsl.engines.ds_zero import Offloading, aio, zero
 from scale_wsl.engines.json_file import (
     BOOLEAN,
     FACTOR,
@@ -152,7 +152,7 @@ def resolve(
     learning_rate: float,
     clip: float,
     precision: str,
-    scratch: str,
+    offloading: Offloading,
 ) -> dict[str, Any]:
     """The dict that `deepspeed.initialize` gets: "auto" filled from the recipe, contradictions refused.
 
@@ -166,7 +166,7 @@ def resolve(
         learning_rate: the recipe's peak, scaled with the batch.
         clip: `optim.clip` of the recipe; the engine clips jointly with the head, so DeepSpeed is told 0.
         precision: `engine.precision` of the recipe.
-        scratch: folder for what is offloaded to disk, where the file names none.
+        offloading: of the run.
 
     Raises:
         UserError: an unknown or refused key, a value of the wrong type, or one that contradicts the recipe.
@@ -189,7 +189,7 @@ def resolve(
     facts = (product, f"batch.micro is {micro}", f"batch.accumulation is {accumulation}", f"optim.clip is {clip}")
     for key, number, fact in zip(_SIZES, (total, micro, accumulation, clip), facts, strict=True):
         file.agrees(key, content.get(key, "auto"), number, fact)
-    stage = zero(file, file.block(content, "zero_optimization"), scratch)
+    stage = zero(file, file.block(content, "zero_optimization"), offloading)
     _check_optimizer(file, file.block(content, "optimizer"), optimizer, learning_rate, partitioned=stage["stage"] > 0)
     _check_autocast(file, file.block(content, "torch_autocast"), precision)
 

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from scale_wsl.engines.json_file import BOOLEAN, EVEN, NATURAL, POSITIVE, TEXT, JsonFile, shown
+from scale_wsl.engines.world import World
 from scale_wsl.errors import UserError
 
-__all__ = ["aio", "uses_disk", "zero"]
+__all__ = ["Offloading", "aio", "disk_folders", "zero"]
+
+
+@dataclass(frozen=True)
+class Offloading:
+    """What the run says of offloading, where the file leaves it open.
+
+    Attributes:
+        folder: of this run, for what goes to disk.
+        run: a name that no other run has, for a folder of its own below one that the file names.
+        largest: elements that a rank holds of the trunk's largest parameter.
+        pin_memory: whether there is a GPU that reads page-locked memory faster.
+    """
+
+    folder: Path
+    run: str
+    largest: int
+    pin_memory: bool
+
+    @classmethod
+    def of(cls, folder: Path, trunk: nn.Module, world: World) -> Offloading:
+        """Of the run in a folder, which trains this trunk (on any device, the meta device too)."""
+        largest = max(parameter.numel() for parameter in trunk.parameters())
+        digest = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()
+        run = f"scale_wsl-{digest[:16]}"
+        return cls(folder, run, -(-largest // world.size), pin_memory=world.device.type == "cuda")
+
 
 _ZERO_TUNING = {
     "allgather_bucket_size": EVEN,
@@ -25,6 +57,10 @@ _ZERO_TUNING = {
     "sub_group_size": POSITIVE,
     "use_multi_rank_bucket_allreduce": BOOLEAN,
 }
+
+# By the stage that a file sets, what of the above does nothing in it: a plain all-reduce at 0, no gathering below 3.
+_OF_STAGE_3 = {key for key in _ZERO_TUNING if key.startswith("stage3_")} | {"sub_group_size"}
+_IDLE = {0: set(_ZERO_TUNING), 1: _OF_STAGE_3, 2: _OF_STAGE_3}
 
 # Key, or how it begins: the one value that may stand there (beside null, {} and "auto"), and why no other may.
 _ZERO_FIXED = {
@@ -48,8 +84,6 @@ _OFFLOAD = {
             "nvme_path": TEXT,
             "buffer_count": POSITIVE,
             "pin_memory": BOOLEAN,
-            "pipeline_read": BOOLEAN,
-            "pipeline_write": BOOLEAN,
         },
     ),
     "offload_param": (
@@ -67,9 +101,12 @@ _OFFLOAD = {
 _OFFLOAD_FIXED = {
     "fast_init": (False, "it skips the disk's first copy of the weights"),
     "ratio": (1.0, "the rest would be stepped by another optimizer than the recipe's"),
+    "pipeline_read": (False, "it is not tested with this engine"),
+    "pipeline_write": (False, "it is not tested with this engine"),
     "super_offload": (False, "it needs DeepSpeed's own Adam"),
 }
 _DEVICES = ("none", "cpu", "nvme")
+_OF_BOTH = ("device", "pin_memory")  # of _OFFLOAD's keys; the others concern the disk alone
 _AIO = {
     "block_size": POSITIVE,
     "queue_depth": POSITIVE,
@@ -79,8 +116,8 @@ _AIO = {
 }
 
 
-def zero(file: JsonFile, block: dict[str, Any], scratch: str) -> dict[str, Any]:
-    """The `zero_optimization` block to hand on: stage, tuning, and what is offloaded (to `scratch`, if to disk)."""
+def zero(file: JsonFile, block: dict[str, Any], run: Offloading) -> dict[str, Any]:
+    """The `zero_optimization` block to hand on: stage, tuning, and what is offloaded."""
     stage = block.get("stage", 0)
     if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
         raise UserError(
@@ -90,15 +127,19 @@ def zero(file: JsonFile, block: dict[str, Any], scratch: str) -> dict[str, Any]:
     file.only_keys("zero_optimization.", block, ("stage", *_ZERO_TUNING, *_OFFLOAD), besides=fixed)
     for key, (ours, reason) in fixed.items():
         file.fixed(f"zero_optimization.{key}", block[key], ours, reason)
-    offload = {key: _offload(file, block, key, stage, scratch) for key in _OFFLOAD}
+    offload = {key: _offload(file, block, key, stage, run) for key in _OFFLOAD}
+    tuning = file.tuning("zero_optimization.", block, _ZERO_TUNING)
+    for key in tuning:
+        if key in _IDLE.get(stage, ()):
+            raise UserError(f"{file.origin} sets zero_optimization.{key}, which does nothing in ZeRO-{stage}")
     return {
         "stage": stage,
-        **file.tuning("zero_optimization.", block, _ZERO_TUNING),
+        **tuning,
         **{key: found for key, found in offload.items() if found},
     }
 
 
-def _offload(file: JsonFile, zero_block: dict[str, Any], key: str, stage: int, scratch: str) -> dict[str, Any]:
+def _offload(file: JsonFile, zero_block: dict[str, Any], key: str, stage: int, run: Offloading) -> dict[str, Any]:
     """One of the two offload blocks; {} where it leaves everything on the device."""
     stages, kinds = _OFFLOAD[key]
     prefix = f"zero_optimization.{key}."
@@ -117,13 +158,26 @@ def _offload(file: JsonFile, zero_block: dict[str, Any], key: str, stage: int, s
             f"{file.origin} sets {prefix}device to {shown(device)}, but ZeRO-{stage} does not partition what it "
             f"would move: it needs zero_optimization.stage {' or '.join(map(str, stages))}"
         )
-    if device == "nvme" and stage < 3:
+    found.setdefault("pin_memory", run.pin_memory)
+    if device == "cpu":
+        for name in found:
+            if name not in _OF_BOTH:
+                raise UserError(f'{file.origin} sets {prefix}{name}, which does nothing where the device is "cpu"')
+        return found
+    if stage < 3:
         raise UserError(
             f'{file.origin} sets {prefix}device to "nvme", but only ZeRO-3 offloads to disk: set '
             'zero_optimization.stage to 3, or the device to "cpu"'
         )
-    if device == "nvme" and not found.setdefault("nvme_path", scratch):
+    named = found.get("nvme_path")
+    if named == "":
         raise UserError(f'{file.origin} sets {prefix}nvme_path to "", but it must be a folder on a local disk')
+    found["nvme_path"] = str(run.folder if named is None else Path(named) / run.run)
+    if "buffer_size" in kinds and found.setdefault("buffer_size", run.largest) < run.largest:
+        raise UserError(
+            f"{file.origin} sets {prefix}buffer_size to {found['buffer_size']}, but a rank's part of this network's "
+            f'largest kernel has {run.largest} elements: set that, or "auto"'
+        )
     return found
 
 
@@ -134,7 +188,7 @@ def aio(file: JsonFile, content: dict[str, Any]) -> dict[str, Any]:
     return file.tuning("aio.", block, _AIO)
 
 
-def uses_disk(config: dict[str, Any]) -> bool:
-    """Whether a resolved ds_config offloads anything to disk."""
-    zero_block = config["zero_optimization"]
-    return any(zero_block.get(key, {}).get("device") == "nvme" for key in _OFFLOAD)
+def disk_folders(config: dict[str, Any]) -> set[Path]:
+    """The folders, of this run alone, to which a resolved ds_config offloads."""
+    blocks = (config["zero_optimization"].get(key, {}) for key in _OFFLOAD)
+    return {Path(block["nvme_path"]) for block in blocks if block.get("device") == "nvme"}

@@ -26,8 +26,8 @@ from scale_wsl.shards import FlatShard, Source
 __all__ = ["FairscaleEngine", "require_fairscale"]
 
 
-def require_fairscale() -> Any:
-    """fairscale's FSDP class, made to run on a CPU where there is no GPU.
+def require_fairscale(device: torch.device) -> Any:
+    """fairscale's FSDP class, made to run on a CPU where the trunk is there.
 
     Raises:
         UserError: fairscale is not installed.
@@ -44,7 +44,7 @@ def require_fairscale() -> Any:
     # What it calls is deprecated since its last release.
     warnings.filterwarnings("ignore", "TypedStorage is deprecated", category=UserWarning)
     warnings.filterwarnings("ignore", r".*_(all_gather|reduce_scatter)_base` is (a private|deprecated)")
-    if not torch.cuda.is_available():
+    if device.type == "cpu":
         from scale_wsl.engines import fairscale_cpu
 
         fairscale_cpu.install()
@@ -59,7 +59,7 @@ class FairscaleEngine(Engine):
     ) -> None:
         # Its own mixed precision casts to half even where bfloat16 is asked for (0.4.13): autocast it is.
         super().__init__(trunk, settings, world, precision=config.precision, channels_last=config.channels_last)
-        sharded = require_fairscale()
+        sharded = require_fairscale(world.device)
         self.gradient_divisor = world.size
         decayed = {name: len(shape) > 1 for name, shape in self.shapes.items()}
         keywords: dict[str, Any] = {
@@ -68,8 +68,8 @@ class FairscaleEngine(Engine):
             "compute_device": world.device,
             "bucket_cap_mb": 0 if world.device.type == "cpu" else 25,  # its buckets need CUDA events
         }
-        # Its wrapper cannot run again in a backward pass, so it goes around what is recomputed, not into it. One unit
-        # at a time, so that no rank ever holds more than one whole.
+        # Its wrapper cannot run again in a backward pass, so it goes around what is recomputed, not into it: with whole
+        # stages recomputed, a whole stage is gathered. One unit at a time, so that no rank ever holds more than that.
         for name, unit in list(stages(trunk) if config.recomputation.stages else residual_blocks(trunk)):
             materialise(unit, source, world.device, f"{name}.")
             parent, _, local = name.rpartition(".")

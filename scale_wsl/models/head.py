@@ -13,8 +13,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor import Shard as ShardRows
 
 from scale_wsl.collectives import all_gather_rows, all_reduce, exchange_rows, group_size
 from scale_wsl.errors import UserError
@@ -327,28 +325,3 @@ class ShardedHead(nn.Module):
         """Log-probabilities `[g*b, v]` of the group's images, in rank order, for the classes that this rank holds."""
         chunks = logit_chunks(features, self.weight, self.bias, self.shard)
         return torch.cat([logits.sub_(normaliser[:, None]) for _, logits, normaliser in chunks])
-
-    # --- checkpoints ---------------------------------------------------------------------------------------------
-
-    def global_view(self, local: Tensor) -> Tensor:
-        """A tensor of this rank's rows (a parameter, its momentum) as the DTensor of all V rows, sharing memory.
-
-        torch.distributed.checkpoint then saves and loads it by global row, for any other sharding. Without a mesh, the
-        tensor itself.
-        """
-        local = local.detach()
-        if self.mesh is None:
-            return local
-        shape = torch.Size([self.vocabulary_size, *local.shape[1:]])
-        return DTensor.from_local(
-            local,
-            self.mesh,
-            [Replicate(), ShardRows(0)],
-            run_check=False,
-            shape=shape,
-            stride=torch.empty(shape, device="meta").stride(),
-        )
-
-    def logical_tensors(self) -> dict[str, Tensor]:
-        """The parameters under their names, as `global_view` makes them."""
-        return {name: self.global_view(parameter) for name, parameter in self.named_parameters()}

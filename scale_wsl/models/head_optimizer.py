@@ -117,14 +117,14 @@ def update_rows(
         parameter.index_copy_(0, some, weight.add_(step, alpha=-lr))
 
 
-def check_optimizer(head: ShardedHead, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a sampled head whose optimizer would move the rows that a step does not touch.
+def check_optimizer(sampled: int, optimizer: str) -> None:
+    """Refuse a sampled loss whose optimizer would move the rows that a step does not touch.
 
     Raises:
-        UserError: `head.sampled` with another optimizer than `HeadSGD`.
+        UserError: `sampled` classes with another optimizer than SGD (`HeadSGD`).
     """
-    if head.sampled and not isinstance(optimizer, HeadSGD):
+    if sampled and optimizer != "sgd":
         raise UserError(
-            f"head.sampled is {head.sampled}, but the head's optimizer is {type(optimizer).__name__}: sampled rows can "
-            "be updated by SGD only; set head.sampled=0 or choose SGD"
+            f"head.sampled is {sampled}, but optim.name is {optimizer}: sampled rows can be updated by SGD only; set "
+            "head.sampled=0 or optim.name=sgd"
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from scale_wsl.checkpoint.reader import Checkpoint
 from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.config import EngineConfig
+from scale_wsl.engines.ds_zero import Offloading
 from scale_wsl.engines.fairscale import require_fairscale
 from scale_wsl.engines.world import World, agree, same_everywhere
 from scale_wsl.errors import UserError
@@ -28,7 +28,8 @@ from scale_wsl.loading.loader import DataConfig
 from scale_wsl.loading.order import Order
 from scale_wsl.models.head import HeadConfig
 from scale_wsl.models.head_group import check_group_size, ranks_per_node
-from scale_wsl.models.resnext import ModelConfig
+from scale_wsl.models.head_optimizer import check_optimizer
+from scale_wsl.models.resnext import ModelConfig, describe_trunk
 from scale_wsl.recipe import recipe_yaml, section, setting
 from scale_wsl.training import failure
 from scale_wsl.training.evaluate import EvaluateConfig
@@ -37,11 +38,11 @@ from scale_wsl.training.schedule import BatchConfig, Duration, LearningRate, Opt
 from scale_wsl.training.start import Start
 from scale_wsl.training.tracking import TrackingConfig
 
-__all__ = ["OFFLOADED", "Job", "PretrainRecipe", "RunConfig", "prepare_job", "with_intact_checkpoint"]
+__all__ = ["Job", "PretrainRecipe", "RunConfig", "prepare_job", "with_intact_checkpoint"]
 
 _log = logging.getLogger(__name__)
 
-OFFLOADED = "offloaded"  # in the run folder: what DeepSpeed keeps on disk while it trains
+_OFFLOADED = "offloaded"  # in the run folder: what DeepSpeed keeps on disk while it trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,14 +147,10 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
             f"({train.vocabulary_hash[:12]} and {validation.vocabulary_hash[:12]}): prepare them together"
         )
     check_group_size(recipe.head.group_size, world.size)
-    if recipe.head.sampled and recipe.optim.name != "sgd":
-        raise UserError(
-            f"head.sampled is {recipe.head.sampled}, but optim.name is {recipe.optim.name}: sampled rows can be "
-            "updated by SGD only; set head.sampled=0 or optim.name=sgd"
-        )
+    check_optimizer(recipe.head.sampled, recipe.optim.name)
     recipe.engine.check_groups(world.size)
     if recipe.engine.name == "fairscale":
-        require_fairscale()
+        require_fairscale(world.device)
     order = Order.of(train, seed=recipe.run.seed, resampling=recipe.data.resampling, threshold=recipe.data.threshold)
     batch = ds_config.BatchSizes(recipe.batch.micro, recipe.batch.accumulation, world.size)
     length = Duration.parse(recipe.schedule.length, "schedule.length")
@@ -177,7 +174,7 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
         batch=batch,
         total=total,
         learning_rate=learning_rate,
-        deepspeed=_deepspeed(recipe, batch, learning_rate.peak),
+        deepspeed=_deepspeed(recipe, batch, learning_rate.peak, world),
         resume=resume,
         start=_start(recipe, train) if resume is None else None,
         lock=_take(recipe.folder) if world.is_main else None,
@@ -216,10 +213,10 @@ def with_intact_checkpoint(job: Job, world: World) -> Job:
 
 
 def _start(recipe: PretrainRecipe, train: Dataset) -> Start | None:
-    config = recipe.checkpoint
+    config, seed, bias = recipe.checkpoint, recipe.run.seed, recipe.head.bias
     if not config.start_from:
         return None
-    return Start.open(config.start_from, train, seed=recipe.run.seed, take_ambiguous=config.take_ambiguous)
+    return Start.open(config.start_from, train, seed=seed, bias=bias, take_ambiguous=config.take_ambiguous)
 
 
 def _verify(path: Path, world: World) -> None:
@@ -237,7 +234,6 @@ def _take(folder: Path) -> FileLock:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
         failure.clear(folder)
-        shutil.rmtree(folder / OFFLOADED, ignore_errors=True)  # of a run that was killed: useless, and large
     except Timeout:
         raise UserError(f"another run is at work in {folder}: wait for its end, or choose another run.folder") from None
     except OSError as error:
@@ -256,7 +252,7 @@ def _open(folder: str, key: str, role: str) -> Dataset:
         raise UserError(f"cannot read {key}, {folder}: {error.strerror}") from None
 
 
-def _deepspeed(recipe: PretrainRecipe, batch: ds_config.BatchSizes, peak: float) -> dict[str, Any] | None:
+def _deepspeed(recipe: PretrainRecipe, batch: ds_config.BatchSizes, peak: float, world: World) -> dict[str, Any] | None:
     if recipe.engine.name != "deepspeed":
         if recipe.engine.ds_config:
             raise UserError(
@@ -275,7 +271,7 @@ def _deepspeed(recipe: PretrainRecipe, batch: ds_config.BatchSizes, peak: float)
         learning_rate=peak,
         clip=optim.clip,
         precision=recipe.engine.precision,
-        scratch=str(recipe.folder / OFFLOADED),
+        offloading=Offloading.of(recipe.folder / _OFFLOADED, describe_trunk(recipe.model), world),
     )
 
 

@@ -25,7 +25,7 @@ from scale_wsl.errors import UserError
 from scale_wsl.loading.decode import normalize
 from scale_wsl.loading.loader import Batch
 from scale_wsl.models.head import ShardedHead
-from scale_wsl.models.head_optimizer import check_optimizer
+from scale_wsl.models.head_optimizer import HeadSGD, check_optimizer
 from scale_wsl.randomness import derived_seed
 from scale_wsl.training.batchnorm import combine_statistics
 from scale_wsl.training.preemption import Preemption
@@ -77,7 +77,8 @@ class Trainer:
         counter: Counter,
         saver: Saver | None = None,
     ) -> None:
-        check_optimizer(head, head_optimizer)
+        kind = type(head_optimizer)
+        check_optimizer(head.sampled, "sgd" if issubclass(kind, HeadSGD) else kind.__name__)
         self.engine = engine
         self.head = head
         self.head_optimizer = head_optimizer

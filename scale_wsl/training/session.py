@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch.distributed as dist
 from tqdm import tqdm
 
 from scale_wsl.checkpoint.layout import VOCABULARY, Meta, newest
 from scale_wsl.checkpoint.reader import Checkpoint
 from scale_wsl.checkpoint.saver import Saver
 from scale_wsl.engines.build import build_engine
+from scale_wsl.engines.ds_zero import disk_folders
 from scale_wsl.engines.world import World
 from scale_wsl.loading.loader import TrainLoader
 from scale_wsl.models.head import ShardedHead, head_mesh
@@ -23,7 +27,7 @@ from scale_wsl.shards import Source
 from scale_wsl.training import state
 from scale_wsl.training.environment import environment
 from scale_wsl.training.evaluate import Evaluator
-from scale_wsl.training.job import OFFLOADED, Job
+from scale_wsl.training.job import Job
 from scale_wsl.training.loop import Counter, Trainer
 from scale_wsl.training.preemption import Preemption
 from scale_wsl.training.sender import masked
@@ -34,7 +38,7 @@ __all__ = ["Session", "run"]
 
 def run(job: Job, world: World) -> None:
     """Train to the end of the schedule, or until a preemption; every rank calls this together."""
-    with Preemption(job.folder) as preemption:
+    with Preemption(job.folder) as preemption, _offloaded(job, world):
         session = Session(job, world)
         config, name = job.recipe.tracking, job.recipe.run.name
         tracker = Tracker(config, job.folder, name=name, run_id=session.run_id) if world.is_main else Tracker.null()
@@ -42,6 +46,24 @@ def run(job: Job, world: World) -> None:
             session.announce(tracker)
             tracker.finish(session.train(preemption, tracker))
         session.close(tracker)
+
+
+@contextmanager
+def _offloaded(job: Job, world: World) -> Iterator[None]:
+    """Room on each host's disk for what is offloaded there (collective): free of what a killed run left, and freed."""
+    folders = disk_folders(job.deepspeed) if job.deepspeed else set()
+
+    def clear() -> None:
+        for folder in folders if world.local_rank == 0 else ():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    clear()
+    if folders:
+        dist.barrier()  # before other ranks of this host write
+    try:
+        yield
+    finally:
+        clear()
 
 
 class Session:
@@ -267,7 +289,6 @@ class Session:
         if not self.world.is_main:
             return
         folder = self.job.folder
-        shutil.rmtree(folder / OFFLOADED, ignore_errors=True)
         path = newest(folder / "checkpoints")
         pictures = sorted((folder / "pictures").glob("*.png"))
         print(f"checkpoint  {path}")

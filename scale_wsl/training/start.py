@@ -27,13 +27,19 @@ class Start:
     report: SurgeryReport
 
     @classmethod
-    def open(cls, path: str, train: Dataset, *, seed: int, take_ambiguous: bool) -> Start:
+    def open(cls, path: str, train: Dataset, *, seed: int, bias: bool, take_ambiguous: bool) -> Start:
         """Open what `checkpoint.start_from` names: a step's folder, or a run's (its newest whole checkpoint).
 
         Raises:
-            UserError: there is no whole checkpoint, or it does not say which hashtags its head's rows are.
+            UserError: there is no whole checkpoint, or it does not say which hashtags its head's rows are, or only one
+                of the two heads has a `bias`.
         """
         checkpoint = Checkpoint.open(find(Path(path)))
+        if ("head.bias" in checkpoint.tensors) != bias:
+            found, ours, theirs = ("no bias", "true", "false") if bias else ("a bias", "false", "true")
+            raise UserError(
+                f"the head in {checkpoint.path} has {found}, but head.bias is {ours}: set head.bias={theirs}"
+            )
         if checkpoint.vocabulary is None:
             raise UserError(f"{checkpoint.path} has no vocabulary.json, so its head's rows cannot be told apart")
         old = Vocabulary.load(checkpoint.vocabulary)

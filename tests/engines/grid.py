@@ -9,7 +9,7 @@ import copy
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -43,7 +43,7 @@ ACCUMULATIONS = (1, 3)
 SIDE = 16  # pixels
 RATE = 0.005
 FP32_BOUND = 1e-5
-BF16_LOSS_BOUND, BF16_STEP_BOUND = 1e-3, 0.4
+BF16_LOSS_BOUND, BF16_STEP_BOUND, BF16_STATISTICS_BOUND = 1e-3, 0.4, 0.01
 # A ReLU's gradient jumps at zero, and rounding differs between layouts: on these images no input comes near it.
 MARGIN = 2e-6
 SEEDS = {
@@ -84,7 +84,9 @@ class Outcome:
         loss: largest relative difference of a loss.
         weights: largest difference of a parameter or statistic, as a share of the largest element of its tensor.
         momentum: likewise of the momentum.
-        direction: norm of the difference of all momentum together, as a share of its norm.
+        direction: norm of the difference of all momentum together, as a share of its norm: the trunk's or the head's,
+            whichever is larger.
+        statistics: likewise of all running statistics.
     """
 
     refused: str = ""
@@ -92,6 +94,7 @@ class Outcome:
     weights: float = 0.0
     momentum: float = 0.0
     direction: float = 0.0
+    statistics: float = 0.0
 
     @property
     def equal(self) -> bool:
@@ -101,7 +104,11 @@ class Outcome:
     @property
     def near(self) -> bool:
         """Whether it is the reference's training in bf16, in which the gradient of images of noise is mostly noise."""
-        return self.loss <= BF16_LOSS_BOUND and self.direction <= BF16_STEP_BOUND
+        return (
+            self.loss <= BF16_LOSS_BOUND
+            and self.direction <= BF16_STEP_BOUND
+            and self.statistics <= BF16_STATISTICS_BOUND
+        )
 
 
 class Trunk(nn.Module):
@@ -153,17 +160,28 @@ def run(cell: Cell) -> Outcome:
     trainer.combine_batchnorm("mean")
     state = parity.whole_state(trainer)
     assert set(state) == set(expected.state)
+    assert {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {torch.float32}
     distances = {name: _relative(state[name], expected.state[name]) for name in state}
     momentum = [name for name in state if name.startswith("momentum.")]
-    difference, whole = (
-        torch.cat([of(name).flatten() for name in momentum]).norm()
-        for of in (lambda name: state[name].double() - expected.state[name], lambda name: expected.state[name])
-    )
+
+    def apart(*starts: str) -> float:
+        """Norm of the difference of the tensors of these names, as a share of their norm."""
+        names = [name for name in state if name.startswith(starts)]
+        if not names:
+            return 0.0
+        difference, whole = (
+            torch.cat([of(name).double().flatten() for name in names]).norm()
+            for of in (lambda name: state[name] - expected.state[name], lambda name: expected.state[name])
+        )
+        return float(difference / whole)
+
+    running = tuple(name for name in state if ".running_" in name)
     return Outcome(
         loss=max(abs(a / b - 1) for a, b in zip(found, expected.losses, strict=True)),
-        weights=max(distance for name, distance in distances.items() if name.startswith("trunk.")),
+        weights=max(distance for name, distance in distances.items() if name not in momentum),
         momentum=max(distances[name] for name in momentum),
-        direction=float(difference / whole),
+        direction=max(apart("momentum.trunk."), apart("momentum.head.")),
+        statistics=apart(*running) if running else 0.0,
     )
 
 
@@ -173,10 +191,10 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float(difference) if not difference.isnan() else float("inf")
 
 
-def run_engine(engine: str) -> dict[Cell, Outcome]:
-    """Every combination of an engine (collective)."""
+def run_engine(engine: str, norms: Sequence[str] = NORMS) -> dict[Cell, Outcome]:
+    """Every combination of an engine with these norms (collective)."""
     found = {}
-    for number, cell in enumerate(cells(engine)):
+    for number, cell in enumerate(cell for cell in cells(engine) if cell.norm in norms):
         found[cell] = run(cell)
         if number == 0:
             gc.freeze()  # what has been imported need not be looked at again by every collection
@@ -237,9 +255,11 @@ def train_reference(norm: str, accumulation: int, seed: int) -> Reference:
     for name in buffers[0]:
         values = [of_rank[name] for of_rank in buffers]
         state[f"trunk.{name}"] = values[0] if name.endswith("tracked") else torch.stack(values).mean(0)
-    for name, parameter in trunk.named_parameters():
-        if parameter.requires_grad:
-            state[f"momentum.trunk.{name}"] = optimizer.state[parameter]["momentum_buffer"]
+    state |= {f"head.{name}": parameter.detach() for name, parameter in head.named_parameters()}
+    for prefix, module in (("trunk", trunk), ("head", head)):
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                state[f"momentum.{prefix}.{name}"] = optimizer.state[parameter]["momentum_buffer"]
     return Reference(losses, state, relus.margin)
 
 
@@ -280,14 +300,32 @@ def walk(engine: str) -> dict[Cell, Outcome]:
     return found
 
 
+@cache
+def walk_hsdp_on_four() -> dict[Cell, Outcome]:
+    """HSDP's part again, in two groups of two: but for BatchNorm per rank, which is another network on four ranks."""
+    norms = [norm for norm in NORMS if norm != "batch per rank"]
+    found: dict[Cell, Outcome] = run_ranks(run_engine, 4, "hsdp", norms, timeout=900)[0]
+    return found
+
+
 # --- the table ---------------------------------------------------------------------------------------------------
 
 
 def rows(engine: str) -> Iterator[list[str]]:
     """The table's rows: what each of an engine's norms and precisions gave, over the combinations of all else."""
-    found = walk(engine)
+    return _rows(engine, walk(engine))
+
+
+def rows_on_four() -> Iterator[list[str]]:
+    """The rows of HSDP on four ranks."""
+    return _rows("hsdp 2 x 2", walk_hsdp_on_four())
+
+
+def _rows(engine: str, found: dict[Cell, Outcome]) -> Iterator[list[str]]:
     for precision, norm in itertools.product(PRECISIONS, NORMS):
         of_row = [outcome for cell, outcome in found.items() if (cell.precision, cell.norm) == (precision, norm)]
+        if not of_row:
+            continue
         ran = [outcome for outcome in of_row if not outcome.refused]
         passed = sum(outcome.equal if precision == "fp32" else outcome.near for outcome in ran)
         worst = [max((getattr(outcome, field) for outcome in ran), default=0.0) for field in _DISTANCES]
@@ -297,7 +335,7 @@ def rows(engine: str) -> Iterator[list[str]]:
 def table() -> str:
     """The whole grid as a Markdown table."""
     head = ["engine", "precision", "norm", "equal", *_DISTANCES]
-    lines = [head, ["---"] * len(head), *(row for engine in ENGINES for row in rows(engine))]
+    lines = [head, ["---"] * len(head), *(row for engine in ENGINES for row in rows(engine)), *rows_on_four()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -315,7 +353,7 @@ def _between_marks(text: str) -> tuple[str, str, str]:
     return before + begin, inside, end + after
 
 
-_DISTANCES = ("loss", "weights", "momentum", "direction")
+_DISTANCES = ("loss", "weights", "momentum", "direction", "statistics")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "engines.md"
 
 if __name__ == "__main__":
@@ -324,5 +362,7 @@ if __name__ == "__main__":
         for row in rows(name):
             print(*row, sep="\t")
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    for row in rows_on_four():
+        print(*row, sep="\t")
     first, _, last = _between_marks(DOCUMENT.read_text(encoding="utf-8"))
     DOCUMENT.write_text(first + table() + last, encoding="utf-8")

@@ -20,6 +20,7 @@ from scale_wsl.checkpoint.saver import Saver
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.build import build_engine
 from scale_wsl.engines.config import EngineConfig
+from scale_wsl.engines.ds_zero import Offloading
 from scale_wsl.engines.world import World
 from scale_wsl.loading.decode import normalize
 from scale_wsl.loading.loader import Batch
@@ -158,13 +159,14 @@ def make_trainer(
         shard_group=max(1, world.size // 2) if name == "hsdp" else 0,
         **(settings or {}),
     )
+    trunk = trunk or describe(norm)
     offload = {"device": "nvme" if name.endswith("disk") else "cpu", "pin_memory": False}
     deepspeed = ds_config.resolve(
         ds_content
         or {
             "zero_optimization": {
                 "stage": stage or 0,
-                "stage3_param_persistence_threshold": 0,
+                **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
                 **({"offload_optimizer": offload} if "_" in name else {}),
                 **({"offload_param": offload} if "zero3_" in name else {}),
             }
@@ -175,9 +177,8 @@ def make_trainer(
         learning_rate=0.0,
         clip=clip,
         precision=precision,
-        scratch=str(scratch),
+        offloading=Offloading.of(scratch, trunk, world),
     )
-    trunk = trunk or describe(norm)
     source: Source = WEIGHTS
     features = trunk.num_features
     assert isinstance(features, int)
@@ -227,24 +228,18 @@ def save(trainer: Trainer, folder: Path) -> Path:
 
 
 def whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The trunk's parameters, buffers (rank 0's) and optimizer state, whole, by the checkpoint's names (collective)."""
-    engine = trainer.engine
-    named = [(f"trunk.{name}", shard) for name, shard in engine.weights()]
-    for name, shard in engine.optimizer_state():
-        state, _, parameter = name.partition(".")
-        named.append((f"{state}.trunk.{parameter}", shard))
-    parts = []
-    for _, shard in named:
+    """All that a checkpoint holds, whole, by its names; of buffers, rank 0's (collective)."""
+    parts, described = [], []
+    for name, shard in state.shards(trainer.engine, trainer.head, trainer.head_optimizer):
         part = torch.zeros(shard.shape.numel(), dtype=torch.float64)  # exact for every type there is
         if shard.copy == 0:
             part[shard.start : shard.stop] = shard.local
         parts.append(part)
+        described.append((name, shard.shape, shard.local.dtype))
     everything = torch.cat(parts)
     dist.all_reduce(everything)
     pieces = everything.split([len(part) for part in parts])
-    return {
-        name: piece.view(shard.shape).to(shard.local.dtype) for (name, shard), piece in zip(named, pieces, strict=True)
-    }
+    return {name: piece.view(shape).to(dtype) for (name, shape, dtype), piece in zip(described, pieces, strict=True)}
 
 
 def take_steps(trainer: Trainer, steps: int) -> list[float]:

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from scale_wsl.engines import ds_config, ds_zero, json_file
 from scale_wsl.engines.ds_config import BatchSizes, find, read, resolve
+from scale_wsl.engines.ds_zero import Offloading
 from scale_wsl.engines.optimizer import OptimizerSettings
+from scale_wsl.engines.world import World
 from scale_wsl.errors import UserError
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -34,7 +38,7 @@ def resolved(
         learning_rate=0.025,
         clip=clip,
         precision=precision,
-        scratch="here",
+        offloading=Offloading(Path("here"), "my_run", largest=1000, pin_memory=False),
     )
 
 
@@ -125,6 +129,14 @@ def test_there_is_a_file_for_each_stage_place_and_optimizer() -> None:
         ({ZERO: {"stage": 3, "offload_optimizer": {"ratio": 0.5}}}, ["ratio to 0.5", "only 1.0 works"]),
         ({ZERO: {"stage": 3, "offload_param": {"devise": "cpu"}}}, ["did you mean", "offload_param.device?"]),
         ({ZERO: {"cpu_offload": True}}, ["cpu_offload", "offload_optimizer"]),
+        ({ZERO: {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": 5}}}, ["buffer_count, which does no"]),
+        (
+            {ZERO: {"stage": 2, "offload_optimizer": {"device": "cpu", "nvme_path": "/x"}}},
+            ["offload_optimizer.nvme_path, which does nothing", '"cpu"'],
+        ),
+        ({ZERO: {"stage": 2, "stage3_max_live_parameters": 9}}, ["stage3_max_live_parameters, which does nothing"]),
+        ({ZERO: {"stage": 1, "sub_group_size": 9}}, ["sub_group_size", "ZeRO-1"]),
+        ({ZERO: {"stage": 0, "reduce_bucket_size": 9}}, ["reduce_bucket_size", "ZeRO-0"]),
         ({"aio": {"block": 1}}, ["aio.block", "did you mean aio.block_size?"]),
         ({ZERO: {"mics_shard_size": 2}}, ["mics_shard_size", "groups of ranks"]),
         ({ZERO: {"zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size to 2", "only 1 works"]),
@@ -180,10 +192,29 @@ def test_what_goes_to_disk_goes_to_the_run_folder_unless_the_file_says_where() -
         "offload_param": {"device": "cpu"},
     }
     found = resolved({ZERO: block})[ZERO]
-    assert found["offload_optimizer"] == {"device": "nvme", "nvme_path": "here"}
-    assert found["offload_param"] == {"device": "cpu"}
+    assert found["offload_optimizer"] == {"device": "nvme", "nvme_path": "here", "pin_memory": False}
+    assert found["offload_param"] == {"device": "cpu", "pin_memory": False}
     block["offload_optimizer"] = {"device": "nvme", "nvme_path": "/local_nvme", "buffer_count": 6}
-    assert resolved({ZERO: block})[ZERO]["offload_optimizer"]["nvme_path"] == "/local_nvme"
+    assert resolved({ZERO: block})[ZERO]["offload_optimizer"]["nvme_path"] == "/local_nvme/my_run"
+
+
+def test_a_buffer_holds_a_ranks_part_of_the_largest_kernel() -> None:
+    def buffer_size(**keys: Any) -> int:
+        block = {"stage": 3, "offload_param": {"device": "nvme", **keys}}
+        size = resolved({ZERO: block})[ZERO]["offload_param"]["buffer_size"]
+        assert isinstance(size, int)
+        return size
+
+    assert buffer_size() == buffer_size(buffer_size="auto") == 1000
+    assert buffer_size(buffer_size=2000) == 2000
+    with pytest.raises(UserError, match=r"buffer_size to 999, but .* has 1000 elements"):
+        buffer_size(buffer_size=999)
+    with torch.device("meta"):
+        trunk = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 7, 3))
+    world = World(1, 2, 1, torch.device("cpu"))
+    first, other = (Offloading.of(Path(folder), trunk, world) for folder in ("runs/a", "runs/b"))
+    assert first.largest == -(-5 * 7 * 9 // 2)
+    assert first.run != other.run
 
 
 ADAM = {"type": "Adam", "params": {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": "auto"}}

@@ -19,6 +19,18 @@ def test_every_combination_is_the_reference_or_is_refused(engine: str) -> None:
     assert not wrong
 
 
+def test_hsdp_in_two_groups_of_two_is_the_reference() -> None:
+    found = grid.walk_hsdp_on_four()
+    assert len(found) == 96
+    wrong = [
+        (cell, outcome)
+        for cell, outcome in found.items()
+        if not (outcome.equal if cell.precision == "fp32" else outcome.near)
+    ]
+    assert not wrong
+    assert [row[:4] for row in grid.documented() if row[0] == "hsdp 2 x 2"] == [row[:4] for row in grid.rows_on_four()]
+
+
 @_ENGINES
 def test_in_bf16_every_engine_rounds_as_ddp_does(engine: str) -> None:
     """bf16 is far from float64, but alike on all engines: they differ by the order in which fp32 sums are taken."""
