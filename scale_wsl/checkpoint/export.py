@@ -25,7 +25,8 @@ from scale_wsl.models.resnext import ModelConfig
 
 __all__ = ["FORMATS", "export", "exported_bytes"]
 
-FORMATS = ("safetensors", "torch")
+FORMATS = ("safetensors", "torch", "deepspeed")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _BLOCK = 4 << 20  # elements that are in memory at a time
 
 
@@ -44,6 +45,8 @@ def export(
         model.safetensors   trunk under torchvision's names, the head as its `fc`: loads strictly into
                             `torchvision.models.ResNet(Bottleneck, layers, num_classes, groups=, width_per_group=)`
         pytorch_model.bin   the same by `torch.save`, instead (form "torch"); needs memory for the whole network
+        latest, step-.../   the same as one rank's checkpoint of DeepSpeed ZeRO-2, instead (form "deepspeed"), for
+                            `zero_to_fp32.py`; needs memory for the whole network
         head.safetensors    the head alone: `weight` [V, D], and `bias` [V] where it has one
         vocabulary.json     the hashtags of its rows
         config.json         how to build the network, and how its images were normalised
@@ -72,6 +75,8 @@ def export(
         with published_folder(out) as folder:
             if form == "torch":
                 torch.save({entry.name: _whole(entry, progress) for entry in network}, folder / "pytorch_model.bin")
+            elif form == "deepspeed":
+                _save_for_deepspeed({entry.name: _whole(entry, progress) for entry in network}, folder, checkpoint)
             else:
                 for nbytes in write_safetensors(folder / "model.safetensors", network):
                     progress(nbytes)
@@ -139,6 +144,34 @@ def _whole(entry: Entry, progress: Callable[[int], object]) -> Tensor:
         place += block.numel()
         progress(block.nbytes)
     return tensor.view(entry.shape)
+
+
+def _save_for_deepspeed(tensors: dict[str, Tensor], folder: Path, checkpoint: Checkpoint) -> None:
+    """What `deepspeed.utils.zero_to_fp32` (0.19) reads: one partition, each parameter a group of its own."""
+    tag = f"step-{checkpoint.meta.step:08d}"
+    buffers = {name for name in tensors if name.rpartition(".")[2] in _STATISTICS}
+    parameters = [name for name in tensors if name not in buffers]
+    (folder / tag).mkdir()
+    (folder / "latest").write_text(tag, encoding="utf-8")
+    model = {
+        "module": {name: tensors[name] for name in sorted(buffers)},
+        "buffer_names": sorted(buffers),
+        "param_shapes": [{name: tensors[name].shape} for name in parameters],
+        "frozen_param_shapes": None,
+        "frozen_param_fragments": None,
+        "shared_params": {},
+        "ds_version": "0.19",
+    }
+    partition = {
+        "zero_stage": 2,
+        "partition_count": 1,
+        "single_partition_of_fp32_groups": [tensors[name].view(-1) for name in parameters],
+    }
+    torch.save(model, folder / tag / "mp_rank_00_model_states.pt")
+    torch.save(
+        {"optimizer_state_dict": partition, "ds_version": "0.19"},
+        folder / tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    )
 
 
 def _config(checkpoint: Checkpoint, head: bool) -> dict[str, Any]:

@@ -54,9 +54,10 @@ def add(commands: Any) -> None:
     export.add_argument("--without-head", action="store_true", help="the trunk alone: no fc, head or vocabulary")
     export.add_argument(
         "--format",
-        choices=("safetensors", "torch"),
+        choices=("safetensors", "torch", "deepspeed"),
         default="safetensors",
-        help="torch: pytorch_model.bin by torch.save, as zero_to_fp32.py writes it; needs memory for the whole network",
+        help="torch: pytorch_model.bin by torch.save, as zero_to_fp32.py writes it; deepspeed: a ZeRO checkpoint, as "
+        "zero_to_fp32.py reads it; both need memory for the whole network",
     )
     export.set_defaults(run=_export)
 

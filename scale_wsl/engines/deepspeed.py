@@ -114,7 +114,7 @@ class DeepSpeedEngine(Engine):
         elif self.stage == 3:
             self.zero._get_norm_groups = self._joint_norm_groups(self.zero._get_norm_groups)
             if self.zero.swap_optimizer:
-                self.zero.optimizer_swapper.swap_out_gradients = self._keep_gradients()
+                self._keep_gradients()
 
     @torch.no_grad()
     def _partition(self, deepspeed: Any, source: Source, ds_config: dict[str, Any]) -> None:
@@ -142,25 +142,27 @@ class DeepSpeedEngine(Engine):
                     shard.fill(name, source)
                     setattr(module, local, whole)
 
-    def _keep_gradients(self) -> Callable[..., None]:
-        """ZeRO-3 with its optimizer on disk: let a sub-group's gradients be read from where they are, in memory.
+    def _keep_gradients(self) -> None:
+        """ZeRO-3 with its optimizer on disk: step by the gradients where they are, in memory.
 
-        DeepSpeed 0.19 writes each parameter's to a file of its own beside, and reads these to addresses that are not
-        multiples of 512 bytes, where reads may fail without a word: parameters then get each other's gradients, or
-        none. Its buffer of gradients holds the sub-groups one after another.
+        DeepSpeed 0.19 has them all in one buffer, one sub-group after another, and yet writes each parameter's to a
+        file of its own, and reads these to addresses that are not multiples of 512 bytes, where reads may fail without
+        a word: parameters then get each other's gradients, or none.
         """
-        zero, starts = self.zero, {}
-        start = 0
-        for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
-            length = zero.fp16_partitioned_groups_flat_numel[group]
-            starts[flat.ds_id] = (start, length)
+        zero, places, start = self.zero, {}, 0
+        for flat, length in zip(
+            zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat_numel, strict=True
+        ):
+            places[flat.ds_id] = (start, length)
             start += length
+        swap_in = zero.optimizer_swapper.swap_in_optimizer_state
 
-        def keep(*, parameter: Any, gradient_offsets: list[int], gradient_tensors: list[Tensor]) -> None:
-            gradients = zero.grad_partitions_flat_buffer.narrow(0, *starts[parameter.ds_id])
-            zero.optimizer_swapper.swap_params_info[parameter.ds_id].unswapped_gradients = {0: gradients}
+        def with_gradients(*, parameter: Any, async_parameter: Any) -> None:
+            swap_in(parameter=parameter, async_parameter=async_parameter)
+            parameter.grad = zero.grad_partitions_flat_buffer.narrow(0, *places[parameter.ds_id])
 
-        return keep
+        zero.optimizer_swapper.swap_in_optimizer_state = with_gradients
+        zero.optimizer_swapper.swap_out_gradients = lambda **_: None
 
     # --- the joint norm ------------------------------------------------------------------------------------------
 

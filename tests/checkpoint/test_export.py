@@ -74,6 +74,18 @@ def _export(*arguments: str | Path) -> int:
     return cli.main(["checkpoint", "export", *map(str, arguments)])
 
 
+def test_deepspeeds_own_script_reads_what_is_exported_for_it(run: tuple[Path, str, bool], tmp_path: Path) -> None:
+    folder, _, _ = run
+    assert _export(folder, "--out", tmp_path / "plain") == 0
+    assert _export(folder, "--out", tmp_path / "zero", "--format", "deepspeed") == 0
+    tool = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", tmp_path / "zero", tmp_path / "fp32"]
+    subprocess.run(tool, check=True, capture_output=True)
+    found = torch.load(tmp_path / "fp32" / "pytorch_model.bin", weights_only=True)
+    expected = load_file(tmp_path / "plain" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert states.differing(found, expected) == []
+
+
 @pytest.mark.parametrize("form", ["safetensors", "torch"])
 def test_torchvision_loads_it_strictly(run: tuple[Path, str, bool], tmp_path: Path, form: str) -> None:
     folder, norm, bias = run
