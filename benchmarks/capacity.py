@@ -72,7 +72,7 @@ def _content(name: str) -> dict[str, Any]:
 def _rung(name: str, width: int, arguments: argparse.Namespace) -> None:
     """Train three steps; rank 0 prints the losses and the seconds of a step."""
     warnings.simplefilter("ignore")
-    model = ModelConfig(width=width)
+    model = ModelConfig(depth=arguments.depth, width=width)
     with joined_world() as world:
         deepspeed = None
         if name in _FILES:
@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--limit-gib", type=float, default=20.0, help="memory of all ranks together (default: 20)")
     parser.add_argument("--patience", type=int, default=3600, help="seconds for a rung (default: 3600)")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--depth", type=int, default=101, help="layers (default: 101)")
     parser.add_argument("--micro", type=int, default=2, help="images per rank and step")
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--rate", type=float, default=0.01, help="learning rate")
@@ -172,14 +173,16 @@ def main() -> None:
     for name in arguments.engines:
         for width in arguments.widths:
             with tempfile.TemporaryDirectory(dir=arguments.scratch or None) as scratch:
-                sizes = {"ranks": arguments.ranks, "micro": arguments.micro, "image-size": arguments.image_size}
+                sizes = {
+                    key: getattr(arguments, key.replace("-", "_")) for key in ("ranks", "depth", "micro", "image-size")
+                }
                 sizes |= {"rate": arguments.rate, "scratch": scratch}
                 arguments.passed_on = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
                 outcome = _try(name, width, arguments)
                 shutil.rmtree(scratch, ignore_errors=True)
                 Path(scratch).mkdir(exist_ok=True)
-            parameters = parameter_count(ModelConfig(width=width)) / 1e6
-            row = f"{name:13} {f'101 32x{width}d':12} {parameters:9,.0f}M {outcome.peak:10.1f}"
+            parameters = parameter_count(ModelConfig(depth=arguments.depth, width=width)) / 1e6
+            row = f"{name:13} {f'{arguments.depth} 32x{width}d':12} {parameters:9,.0f}M {outcome.peak:10.1f}"
             if outcome.reason:
                 print(f"{row}   not taken: {outcome.reason}", flush=True)
                 break

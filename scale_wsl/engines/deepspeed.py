@@ -2,7 +2,7 @@
 
 DeepSpeed's private hooks are used where it has no public one: the joint norm (`scaled_global_norm` of ZeRO-1/2 and
 `_get_norm_groups` of ZeRO-3), construction by shards (`_convert_to_deepspeed_param`), gradients while the optimizer's
-state is on disk (`swap_out_gradients`), and the partitions of weights and optimizer state (`_hp_mapping`, `ds_tensor`,
+state is on disk (`ds_disk`), and the partitions of weights and optimizer state (`_hp_mapping`, `ds_tensor`,
 `grad_position`). The package therefore pins DeepSpeed's minor version, and `tests/engines/` pins what each hook does.
 """
 
@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from scale_wsl.engines.base import Engine, StepResult, square_norm
 from scale_wsl.engines.config import EngineConfig
+from scale_wsl.engines.ds_disk import keep_gradients
 from scale_wsl.engines.ds_zero import disk_folders
 from scale_wsl.engines.optimizer import OptimizerSettings
 from scale_wsl.engines.world import World
@@ -113,8 +115,11 @@ class DeepSpeedEngine(Engine):
             self.zero.scaled_global_norm = self._joint_norm(self.zero.scaled_global_norm)
         elif self.stage == 3:
             self.zero._get_norm_groups = self._joint_norm_groups(self.zero._get_norm_groups)
+            # It would look for what is not finite in a copy of all gradients; the norm, which it looks at next, tells.
+            self.zero.has_overflow = lambda partition_gradients=True: False
             if self.zero.swap_optimizer:
-                self._keep_gradients()
+                folder = ds_config["zero_optimization"]["offload_optimizer"]["nvme_path"]
+                keep_gradients(self.zero, Path(folder), world.rank)
 
     @torch.no_grad()
     def _partition(self, deepspeed: Any, source: Source, ds_config: dict[str, Any]) -> None:
@@ -141,28 +146,6 @@ class DeepSpeedEngine(Engine):
                 else:
                     shard.fill(name, source)
                     setattr(module, local, whole)
-
-    def _keep_gradients(self) -> None:
-        """ZeRO-3 with its optimizer on disk: step by the gradients where they are, in memory.
-
-        DeepSpeed 0.19 has them all in one buffer, one sub-group after another, and yet writes each parameter's to a
-        file of its own, and reads these to addresses that are not multiples of 512 bytes, where reads may fail without
-        a word: parameters then get each other's gradients, or none.
-        """
-        zero, places, start = self.zero, {}, 0
-        for flat, length in zip(
-            zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat_numel, strict=True
-        ):
-            places[flat.ds_id] = (start, length)
-            start += length
-        swap_in = zero.optimizer_swapper.swap_in_optimizer_state
-
-        def with_gradients(*, parameter: Any, async_parameter: Any) -> None:
-            swap_in(parameter=parameter, async_parameter=async_parameter)
-            parameter.grad = zero.grad_partitions_flat_buffer.narrow(0, *places[parameter.ds_id])
-
-        zero.optimizer_swapper.swap_in_optimizer_state = with_gradients
-        zero.optimizer_swapper.swap_out_gradients = lambda **_: None
 
     # --- the joint norm ------------------------------------------------------------------------------------------
 

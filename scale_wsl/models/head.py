@@ -35,7 +35,11 @@ class HeadConfig:
     group_size: int | str = setting(
         0, "ranks that share one copy of the rows, a divisor of the world size; 0: all; auto: the fewest bytes a step"
     )
-    chunk_rows: int = setting(0, "images whose logits are computed at a time; 0: as many as fit into 64 MiB")
+    chunk_rows: int = setting(
+        0,
+        "images whose logits are computed at a time; 0: as many as there are features, in the weight gradient's own "
+        "memory, and where that is taken as many as fit into 64 MiB",
+    )
     bias: bool = setting(True, "whether each hashtag has a bias")
     smoothing: float = setting(0.0, "label smoothing: share of an image's target mass spread over all hashtags")
     sampled: int = setting(
@@ -125,7 +129,8 @@ class ShardedHead(nn.Module):
         seed: of the initial weights, which are the same for every sharding.
         dtype: of the parameters.
         bias: whether each class has a bias, which starts at 0.
-        chunk_rows: images whose logits are computed at a time; 0: as many as fit into 64 MiB.
+        chunk_rows: images whose logits are computed at a time; 0: D of them in the memory of a fresh weight gradient,
+            else as many as fit into 64 MiB.
         smoothing: share of an image's target mass that is spread evenly over all classes.
         sampled: classes drawn for the training loss, of all V; 0: the loss is over all classes.
 

@@ -78,9 +78,14 @@ def test_deepspeeds_own_script_reads_what_is_exported_for_it(run: tuple[Path, st
     folder, _, _ = run
     assert _export(folder, "--out", tmp_path / "plain") == 0
     assert _export(folder, "--out", tmp_path / "zero", "--format", "deepspeed") == 0
-    tool = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", tmp_path / "zero", tmp_path / "fp32"]
-    subprocess.run(tool, check=True, capture_output=True)
-    found = torch.load(tmp_path / "fp32" / "pytorch_model.bin", weights_only=True)
+    tool = """
+        import sys, torch
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        torch.save(dict(get_fp32_state_dict_from_zero_checkpoint(sys.argv[1])), sys.argv[2])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(tool), tmp_path / "zero", tmp_path / "fp32.bin"]
+    subprocess.run(command, check=True, capture_output=True)
+    found = torch.load(tmp_path / "fp32.bin", weights_only=True)
     expected = load_file(tmp_path / "plain" / "model.safetensors")
     assert found.keys() == expected.keys()
     assert states.differing(found, expected) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,8 @@ def _train(name: str, scratch: Path) -> tuple[list[float], dict[str, list[float]
     norms = {key: [float(tensor.double().norm()), float(tensor.double().sum())] for key, tensor in state.items()}
     losses += parity.take_steps(trainer, 2)
     on_disk = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
+    # The gradients' file has no name any more.
+    assert ("/gradients-" in Path("/proc/self/maps").read_text()) == (name == "zero3_disk")
     return losses, norms, on_disk
 
 
@@ -86,6 +89,32 @@ def test_offloaded_to_disk_the_training_is_the_same(tmp_path: Path) -> None:
         assert norms == expected_norms
         assert none == 0
         assert on_disk > 3 * 4 * 3_000_000  # weights, masters and momentum of most parameters, over both ranks
+
+
+def _go_on(folder: Path, before: str, after: str) -> tuple[list[float], list[float], list[str]]:
+    """Losses without a break and after one, and what was not loaded as it was saved."""
+    keywords: dict[str, Any] = {"accumulation": 1, "clip": 1.0, "rate": parity.constant(0.01)}
+    trainer = parity.make_trainer(before, trunk=describe(), scratch=folder / before, **keywords)
+    parity.take_steps(trainer, 2)
+    path = parity.save(trainer, folder / "checkpoints")
+    saved = parity.whole_state(trainer)
+    undisturbed = parity.take_steps(trainer, 2)
+    other = parity.make_trainer(after, trunk=describe(), scratch=folder / after, resume=path, **keywords)
+    loaded = parity.whole_state(other)
+    differing = [name for name, tensor in saved.items() if not torch.equal(tensor, loaded[name])]
+    return undisturbed, parity.take_steps(other, 2), differing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"), [("zero3_disk", "zero3_disk"), ("zero3_disk", "fsdp"), ("ddp", "zero3_disk")]
+)
+def test_a_run_on_disk_saves_and_goes_on(before: str, after: str, tmp_path: Path) -> None:
+    if not run_ranks(has_disk_io, 1)[0]:
+        pytest.skip("DeepSpeed's disk operator needs libaio's headers, g++ and ninja")
+    for undisturbed, losses, differing in run_ranks(_go_on, 2, tmp_path, before, after, timeout=900):
+        assert differing == []
+        assert losses == pytest.approx(undisturbed, rel=1e-6)
 
 
 def _without_libaio(scratch: Path) -> str:

@@ -14,6 +14,7 @@ from scale_wsl.checkpoint import layout
 from scale_wsl.checkpoint.reader import Checkpoint
 from scale_wsl.training import state
 from scale_wsl.training.loop import Trainer
+from scale_wsl.training.schedule import OptimConfig
 from tests.engines import grid, parity
 from tests.ranks import run_ranks
 
@@ -22,7 +23,7 @@ BEFORE, AFTER = 3, 5
 MOVES = (((2, 2), (1, 1)), ((2, 1), (4, 2)), ((4, 4), (3, 3)))
 
 
-def _trainer(name: str, group: int, resume: Path | None = None) -> Trainer:
+def _trainer(name: str, group: int, resume: Path | None = None, optim: OptimConfig | None = None) -> Trainer:
     """With BatchNorm over all ranks: per rank, it would be another network on another number of ranks."""
     return parity.make_trainer(
         name,
@@ -35,6 +36,7 @@ def _trainer(name: str, group: int, resume: Path | None = None) -> Trainer:
         of_batch={"seed": 16, "side": grid.SIDE},
         settings={"batchnorm_group": 0},
         resume=resume,
+        optim=optim,
     )
 
 
@@ -83,5 +85,41 @@ def test_every_ordered_pair_of_engines(writer: tuple[int, int], reader: tuple[in
     ranks = run_ranks(_load_each, reader[0], tmp_path, reader[1], timeout=900)
     for (before, after), (_, losses) in ranks[0].items():
         assert losses == pytest.approx(expected[before], rel=1e-5), f"{before} -> {after}"
+    for found in ranks:
+        assert {pair: differing for pair, (differing, _) in found.items() if differing} == {}
+
+
+ADAMW = OptimConfig(name="adamw", weight_decay=0.05)
+
+
+def _save_adam(folder: Path) -> dict[str, list[float]]:
+    """As `_save_each`, with AdamW, whose bias correction must go on too."""
+    losses = {}
+    for name in grid.ENGINES:
+        trainer = _trainer(name, 2, optim=ADAMW)
+        parity.take_steps(trainer, BEFORE)
+        trainer.combine_batchnorm("mean")
+        parity.save(trainer, folder / name)
+        losses[name] = parity.take_steps(trainer, AFTER)
+    return losses
+
+
+def _load_adam(folder: Path) -> dict[tuple[str, str], tuple[list[str], list[float]]]:
+    """Each engine goes on from the one before it, the first from the last."""
+    found = {}
+    for before, after in zip((grid.ENGINES[-1], *grid.ENGINES), grid.ENGINES, strict=False):
+        path = layout.find(folder / before)
+        trainer = _trainer(after, 3, path, ADAMW)
+        differing = list(_differing(trainer, Checkpoint.open(path)))
+        found[before, after] = (differing, parity.take_steps(trainer, AFTER))
+    return found
+
+
+def test_adam_goes_on_under_another_engine(tmp_path: Path) -> None:
+    """Losses to 1e-4: Adam divides by the root of a mean of squares, which enlarges fp32's rounding."""
+    expected = run_ranks(_save_adam, 2, tmp_path, timeout=300)[0]
+    ranks = run_ranks(_load_adam, 3, tmp_path, timeout=300)
+    for (before, after), (_, losses) in ranks[0].items():
+        assert losses == pytest.approx(expected[before], rel=1e-4), f"{before} -> {after}"
     for found in ranks:
         assert {pair: differing for pair, (differing, _) in found.items() if differing} == {}
