@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from scale_wsl.engines.config import EngineConfig
 from scale_wsl.engines.optimizer import OptimizerSettings
 from scale_wsl.engines.world import World
 from scale_wsl.models.recompute import residual_blocks
+from scale_wsl.models.resnext import ModelConfig, describe_trunk
+from scale_wsl.models.weights import initial_weights
 from scale_wsl.shards import Source
 from tests.engines import parity
 from tests.ranks import run_ranks
@@ -87,6 +90,34 @@ def test_a_rank_reads_its_own_shard_alone(name: str) -> None:
     for key, size in ranks[0][1].items():
         total = sum(read[key] for read, _, _ in ranks)
         assert total in (size, 3 * size), key  # each element once, or whole on every rank
+
+
+def _peak_of_construction(name: str) -> tuple[float, float]:
+    """How much more memory than before this rank held at its highest while the engine was made, and the whole trunk."""
+    model = ModelConfig(depth=26, width=16)
+    trunk = describe_trunk(model)
+    whole = sum(4 * parameter.numel() for parameter in trunk.parameters())
+    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+    build_engine(EngineConfig(name=name), parity.describe(), parity.WEIGHTS, OptimizerSettings(), world)  # imports
+    torch.ones(1 << 22).sum()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
+    engine = build_engine(EngineConfig(name=name), trunk, initial_weights(model, 0), OptimizerSettings(), world)
+    assert len(list(engine.weights())) > 100
+    return _resident("VmHWM") - before, whole
+
+
+def _resident(key: str) -> int:
+    """Bytes of this process, by a line of /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])
+
+
+def test_no_rank_holds_the_whole_trunk_even_for_a_moment() -> None:
+    """A third of 217 MB, and the 16 MB that are drawn at a time."""
+    for held, whole in run_ranks(_peak_of_construction, 3, "fsdp"):
+        assert whole > 200e6
+        assert whole / 4 < held < 0.7 * whole
 
 
 def _same_bits(name: str) -> list[str]:

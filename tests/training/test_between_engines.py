@@ -27,7 +27,7 @@ def _trainer(name: str, group: int, resume: Path | None = None, optim: OptimConf
     """With BatchNorm over all ranks: per rank, it would be another network on another number of ranks."""
     return parity.make_trainer(
         name,
-        accumulation=2,
+        accumulation=1,
         clip=1.0,
         group_size=group,
         batch=grid.BATCH,
