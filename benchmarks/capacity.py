@@ -61,7 +61,7 @@ def _content(name: str) -> dict[str, Any]:
     block |= {"reduce_bucket_size": 1e7, "allgather_bucket_size": 1e7}
     if block["stage"] == 3:
         none_early = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
-        block |= {f"stage3_{key}": 0 for key in none_early} | {"sub_group_size": 5e7}
+        block |= {f"stage3_{key}": 0 for key in none_early} | {"sub_group_size": 1e7}
     if name == "zero3_disk":  # every kernel a sub-group of its own, and no more buffers than it needs
         block["sub_group_size"] = 1
         block["offload_optimizer"]["buffer_count"] = 2

@@ -117,6 +117,7 @@ class DeepSpeedEngine(Engine):
             self.zero._get_norm_groups = self._joint_norm_groups(self.zero._get_norm_groups)
             # It would look for what is not finite in a copy of all gradients; the norm, which it looks at next, tells.
             self.zero.has_overflow = lambda partition_gradients=True: False
+            self._step_weights_in_place()
             if self.zero.swap_optimizer:
                 folder = ds_config["zero_optimization"]["offload_optimizer"]["nvme_path"]
                 keep_gradients(self.zero, Path(folder), world.rank)
@@ -146,6 +147,18 @@ class DeepSpeedEngine(Engine):
                 else:
                     shard.fill(name, source)
                     setattr(module, local, whole)
+
+    @torch.no_grad()
+    def _step_weights_in_place(self) -> None:
+        """ZeRO-3: let the optimizer step the partitions themselves, which are in fp32, as DeepSpeed means to.
+
+        DeepSpeed 0.19 makes a second copy unless they are on its device, which it asks of a name and never finds true.
+        """
+        for own, stepped in zip(
+            self.zero.fp16_partitioned_groups_flat, self.zero.fp32_partitioned_groups_flat, strict=True
+        ):
+            if own is not None and own.dtype == stepped.dtype and own.shape == stepped.shape:
+                stepped.data = own.data
 
     # --- the joint norm ------------------------------------------------------------------------------------------
 
