@@ -110,6 +110,7 @@ class DeepSpeedEngine(Engine):
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=trunk, optimizer=self.optimizer, config=ds_config, dist_init_required=False
         )
+        self._step_weights_in_place()
         self._head_square_norm = torch.zeros((), dtype=torch.float64, device=world.device)
         if self.stage in (1, 2):
             self.zero.scaled_global_norm = self._joint_norm(self.zero.scaled_global_norm)
@@ -117,7 +118,6 @@ class DeepSpeedEngine(Engine):
             self.zero._get_norm_groups = self._joint_norm_groups(self.zero._get_norm_groups)
             # It would look for what is not finite in a copy of all gradients; the norm, which it looks at next, tells.
             self.zero.has_overflow = lambda partition_gradients=True: False
-            self._step_weights_in_place()
             if self.zero.swap_optimizer:
                 folder = ds_config["zero_optimization"]["offload_optimizer"]["nvme_path"]
                 keep_gradients(self.zero, Path(folder), world.rank)
@@ -150,15 +150,21 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def _step_weights_in_place(self) -> None:
-        """ZeRO-3: let the optimizer step the partitions themselves, which are in fp32, as DeepSpeed means to.
+        """Let the optimizer step this rank's part of the weights itself, which is in fp32, unless it is offloaded.
 
-        DeepSpeed 0.19 makes a second copy unless they are on its device, which it asks of a name and never finds true.
+        DeepSpeed 0.19 makes a second copy of them, which it copies back after every step: always under ZeRO-1/2, and
+        under ZeRO-3 unless they are on its device, which it asks of a device's name and never finds true.
         """
-        for own, stepped in zip(
-            self.zero.fp16_partitioned_groups_flat, self.zero.fp32_partitioned_groups_flat, strict=True
-        ):
-            if own is not None and own.dtype == stepped.dtype and own.shape == stepped.shape:
-                stepped.data = own.data
+        own: list[Tensor | None] = []
+        stepped: list[Tensor] = []
+        if self.stage == 3 and not self.zero.offload_optimizer:
+            own, stepped = self.zero.fp16_partitioned_groups_flat, self.zero.fp32_partitioned_groups_flat
+        elif self.stage in (1, 2) and not self.zero.cpu_offload:
+            own = [partitions[self.world.rank] for partitions in self.zero.parallel_partitioned_bit16_groups]
+            stepped = self.zero.single_partition_of_fp32_groups
+        for weights, copy in zip(own, stepped, strict=True):
+            if weights is not None and (weights.dtype, weights.shape) == (copy.dtype, copy.shape):
+                copy.data = weights.data
 
     # --- the joint norm ------------------------------------------------------------------------------------------
 
