@@ -165,6 +165,8 @@ class DeepSpeedEngine(Engine):
         for weights, copy in zip(own, stepped, strict=True):
             if weights is not None and (weights.dtype, weights.shape) == (copy.dtype, copy.shape):
                 copy.data = weights.data
+        if self.stage in (1, 2) and not self.zero.cpu_offload:
+            self.zero._link_all_hp_params()  # else each parameter's mapping keeps the copy alive
 
     # --- the joint norm ------------------------------------------------------------------------------------------
 
