@@ -78,7 +78,7 @@ class Trainer:
         saver: Saver | None = None,
     ) -> None:
         kind = type(head_optimizer)
-        check_optimizer(head.sampled, "sgd" if issubclass(kind, HeadSGD) else kind.__name__)
+        check_optimizer(head.sampled, "sgd" if issubclass(kind, HeadSGD) else f"{kind.__module__}.{kind.__name__}")
         self.engine = engine
         self.head = head
         self.head_optimizer = head_optimizer

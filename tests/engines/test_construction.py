@@ -44,7 +44,7 @@ def _differences() -> dict[str, list[str]]:
     for name in ENGINES:
         state = parity.whole_state(parity.make_trainer(name, accumulation=1, clip=0.0))
         weights = {key: tensor for key, tensor in state.items() if key.startswith("trunk.")}
-        momentum = {key: tensor for key, tensor in state.items() if key.startswith("momentum.")}
+        momentum = {key: tensor for key, tensor in state.items() if key.startswith("momentum.trunk.")}
         assert set(weights) == set(expected), name
         assert {key.removeprefix("momentum.") for key in momentum} == set(weights), name  # GroupNorm has no buffers
         assert not any(bool(tensor.any()) for tensor in momentum.values()), name
@@ -176,7 +176,7 @@ def _evaluates() -> list[tuple[bool, bool]]:
         plain = parity.make_trunk()
         state = parity.whole_state(trainer)
         plain.load_state_dict(
-            {key.removeprefix("trunk."): value for key, value in state.items() if "momentum" not in key}
+            {key.removeprefix("trunk."): value for key, value in state.items() if key.startswith("trunk.")}
         )
         with torch.no_grad():
             same = torch.allclose(plain(images), features, rtol=1e-5, atol=1e-6)

@@ -110,7 +110,7 @@ def _refused() -> str:
 
 def test_another_optimizer_is_refused() -> None:
     (sentence,) = run_ranks(_refused, 1)
-    assert "head.sampled is 4, but the head's optimizer is SGD" in sentence
+    assert "head.sampled is 4, but optim.name is torch.optim.sgd.SGD" in sentence
 
 
 def test_a_recipe_can_ask_for_all_of_it(emoji_corpus: Path, tmp_path: Path) -> None:
