@@ -40,11 +40,11 @@ def _trainer(name: str, group: int, resume: Path | None = None, optim: OptimConf
     )
 
 
-def _save_each(folder: Path, group: int) -> dict[str, list[float]]:
+def _save_each(folder: Path, group: int, optim: OptimConfig | None = None) -> dict[str, list[float]]:
     """Train and save with each engine; the losses of going on without a break."""
     losses = {}
     for name in grid.ENGINES:
-        trainer = _trainer(name, group)
+        trainer = _trainer(name, group, optim=optim)
         parity.take_steps(trainer, BEFORE)
         trainer.combine_batchnorm("mean")
         parity.save(trainer, folder / name)
@@ -92,18 +92,6 @@ def test_every_ordered_pair_of_engines(writer: tuple[int, int], reader: tuple[in
 ADAMW = OptimConfig(name="adamw", weight_decay=0.05)
 
 
-def _save_adam(folder: Path) -> dict[str, list[float]]:
-    """As `_save_each`, with AdamW, whose bias correction must go on too."""
-    losses = {}
-    for name in grid.ENGINES:
-        trainer = _trainer(name, 2, optim=ADAMW)
-        parity.take_steps(trainer, BEFORE)
-        trainer.combine_batchnorm("mean")
-        parity.save(trainer, folder / name)
-        losses[name] = parity.take_steps(trainer, AFTER)
-    return losses
-
-
 def _load_adam(folder: Path) -> dict[tuple[str, str], tuple[list[str], list[float]]]:
     """Each engine goes on from the one before it, the first from the last."""
     found = {}
@@ -117,7 +105,7 @@ def _load_adam(folder: Path) -> dict[tuple[str, str], tuple[list[str], list[floa
 
 def test_adam_goes_on_under_another_engine(tmp_path: Path) -> None:
     """Losses to 1e-4: Adam divides by the root of a mean of squares, which enlarges fp32's rounding."""
-    expected = run_ranks(_save_adam, 2, tmp_path, timeout=300)[0]
+    expected = run_ranks(_save_each, 2, tmp_path, 2, ADAMW, timeout=300)[0]
     ranks = run_ranks(_load_adam, 3, tmp_path, timeout=300)
     for (before, after), (_, losses) in ranks[0].items():
         assert losses == pytest.approx(expected[before], rel=1e-4), f"{before} -> {after}"
