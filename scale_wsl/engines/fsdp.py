@@ -40,8 +40,7 @@ class FSDPEngine(Engine):
         self.replicas = world.size // ranks
         mesh = _mesh(world, ranks)
         offloaded = config.offload == "cpu"
-        # A frozen kernel is a rarity that sharding would only complicate.
-        self.kept = {name for name, p in trunk.named_parameters() if p.ndim <= 1 or not p.requires_grad}
+        self.kept = {name for name, p in trunk.named_parameters() if p.ndim <= 1}
         ignored = {p for name, p in trunk.named_parameters() if name in self.kept}
         policy = MixedPrecisionPolicy(
             # Autocast would cast to bf16 what was gathered in fp32: the same numbers, at twice the traffic.
@@ -65,8 +64,14 @@ class FSDPEngine(Engine):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
         self._materialise(source, torch.device("cpu") if offloaded else world.device)
+        # The optimizer steps the shards as the plain tensors that they are: for a DTensor torch has no fused kernel,
+        # and dispatches every operation on each one in Python.
+        self.stepped = {
+            name: nn.Parameter(_local(parameter), parameter.requires_grad)
+            for name, parameter in trunk.named_parameters()
+        }
         self.optimizer = settings.build(
-            settings.groups((parameter, parameter.ndim > 1) for parameter in trunk.parameters())
+            settings.groups((parameter, parameter.ndim > 1) for parameter in self.stepped.values())
         )
 
     @torch.no_grad()
@@ -118,17 +123,19 @@ class FSDPEngine(Engine):
         # Two lists: with offloading they are on two devices.
         result = self._step_if_finite(square, (sharded, kept), self.optimizer.step, learning_rate, max_norm)
         self.optimizer.zero_grad()
+        self.trunk.zero_grad()
         return result
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Gradients of this rank's shards, and of what every rank keeps whole."""
-        sharded, kept = [], []
-        for parameter in self.trunk.parameters():
-            gradient = parameter.grad
-            if isinstance(gradient, DTensor):
-                sharded.append(gradient.to_local())
-            elif gradient is not None:
-                kept.append(gradient)
+        """Gradients of this rank's shards, and of what every rank keeps whole; the optimizer is given both."""
+        sharded: list[Tensor] = []
+        kept: list[Tensor] = []
+        for name, parameter in self.trunk.named_parameters():
+            if parameter.grad is not None:
+                stepped, gradient = self.stepped[name], _local(parameter.grad)
+                stepped.data = _local(parameter)  # FSDP2 moves uneven shards before the first pass
+                stepped.grad = gradient
+                (sharded if isinstance(parameter, DTensor) else kept).append(gradient)
         return sharded, kept
 
     # --- logical state -------------------------------------------------------------------------------------------
@@ -136,7 +143,7 @@ class FSDPEngine(Engine):
     def weights(self) -> Iterator[tuple[str, FlatShard]]:
         """See `Engine.weights`."""
         for name, parameter in self.trunk.named_parameters():
-            yield name, self._shard(parameter)
+            yield name, self._shard(parameter, _local(parameter))
         yield from self._buffers()
 
     def optimizer_state(self, *, write: bool = False) -> Iterator[tuple[str, FlatShard]]:
@@ -144,19 +151,25 @@ class FSDPEngine(Engine):
         for name, parameter in self.trunk.named_parameters():
             if parameter.requires_grad:
                 for key, state in self.settings.states.items():
-                    yield f"{state}.{name}", self._shard(self.settings.state_tensor(self.optimizer, parameter, key))
+                    tensor = self.settings.state_tensor(self.optimizer, self.stepped[name], key)
+                    yield f"{state}.{name}", self._shard(parameter, tensor)
 
-    def _shard(self, tensor: Tensor) -> FlatShard:
-        """Rows `[start, stop)` of a sharded tensor are a range of its elements."""
-        if not isinstance(tensor, DTensor):
-            assert tensor.ndim <= 1 or not tensor.requires_grad, "a sharded parameter is gathered"
-            return self._copied(tensor)
-        local, mesh = tensor.to_local().detach(), tensor.device_mesh
+    def _shard(self, parameter: Tensor, local: Tensor) -> FlatShard:
+        """What this rank holds of a parameter, or of its state: rows, which are a range of its elements."""
+        if not isinstance(parameter, DTensor):
+            assert parameter.ndim <= 1, "a sharded parameter is gathered"
+            return self._copied(local)
+        mesh = parameter.device_mesh
         ranks, rank = mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)
-        rows = -(-tensor.shape[0] // ranks)  # as torch.chunk cuts
-        start = min(rank * rows, tensor.shape[0]) * tensor.shape[1:].numel()
+        rows = -(-parameter.shape[0] // ranks)  # as torch.chunk cuts
+        start = min(rank * rows, parameter.shape[0]) * parameter.shape[1:].numel()
         replica = self.world.rank // ranks
-        return FlatShard(local.view(-1), tensor.shape, start, self.replicas, replica, lasting=True)
+        return FlatShard(local.view(-1), parameter.shape, start, self.replicas, replica, lasting=True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """A rank's own rows, sharing their memory; a tensor that is not sharded is its own."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _mesh(world: World, ranks: int) -> DeviceMesh:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from scale_wsl.models.head import ShardedHead
 from scale_wsl.models.head_optimizer import HeadSGD
@@ -71,9 +70,8 @@ class OptimizerSettings:
             groups = [{"params": [torch.zeros(0, requires_grad=True)], "weight_decay": 0.0}]
         if self.name == "sgd":
             # The fused kernel makes no copies; the plain one makes two of every parameter, and a flat partition of ZeRO
-            # is a single one. torch has it for tensors, not for DTensors, which are small.
-            fused = not any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
-            return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum, nesterov=self.nesterov, fused=fused)
+            # is a single one.
+            return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum, nesterov=self.nesterov, fused=True)
         adam = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
         return adam(groups, lr=0.0, betas=(self.beta1, self.beta2), eps=self.eps)
 

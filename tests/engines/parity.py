@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -75,6 +76,13 @@ def make_trunk(norm: Callable[[int], nn.Module] = GROUP_NORM) -> Trunk:
     """The trunk with its initial weights, its residual branches not at zero, so that they count from the first step."""
     trunk = describe(norm)
     materialise(trunk, WEIGHTS, torch.device("cpu"))
+    return trunk
+
+
+def freeze(trunk: Trunk, names: str) -> Trunk:
+    """The trunk, whose parameters with names that a pattern is found in are not trained."""
+    for name, parameter in trunk.named_parameters():
+        parameter.requires_grad_(not re.search(names, name))
     return trunk
 
 
@@ -284,12 +292,13 @@ def dense_targets(ids: torch.Tensor) -> torch.Tensor:
     return targets
 
 
-def reference_losses(steps: int, clip: float, batch: int = BATCH, adam: str = "") -> list[float]:
+def reference_losses(steps: int, clip: float, batch: int = BATCH, adam: str = "", frozen: str = "-") -> list[float]:
     """The same training in float64 in this process: whole batches, a dense head, plain torch.optim.SGD.
 
     `adam`: torch's Adam or AdamW instead, with weight decay 0.05 and a constant learning rate.
+    `frozen`: which of the trunk's parameters are not trained.
     """
-    trunk = make_trunk().double()
+    trunk = freeze(make_trunk(), frozen).double()
     head = dense_head(trunk.num_features)
     optimizer: torch.optim.Optimizer = dense_optimizer(trunk, head)
     if adam:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import pytest
 import torch
@@ -88,3 +89,32 @@ def test_adam_on_every_engine_is_torchs_adam_in_one_float64_process(name: str) -
     for engine, losses in run_ranks(_adam_losses, 2, name)[0].items():
         assert losses == pytest.approx(expected, rel=1e-5), engine
     assert expected != pytest.approx(reference(1.0)[:5], rel=1e-3)
+
+
+FROZEN = r"^conv1|^bn1|layer1\.0|conv2"  # a stem and a block, and one kernel amid others that are trained
+
+
+def _partly_frozen() -> dict[str, tuple[list[float], set[str], set[str]]]:
+    """Losses, what is still as it began, and what has momentum."""
+    found = {}
+    initial = dict(parity.make_trunk().named_parameters())
+    for engine in parity.ENGINES:
+        trainer = parity.make_trainer(engine, accumulation=2, clip=1.0, trunk=parity.freeze(parity.describe(), FROZEN))
+        losses, state = parity.take_steps(trainer, 5), parity.whole_state(trainer)
+        found[engine] = (
+            losses,
+            {name for name, value in initial.items() if torch.equal(state[f"trunk.{name}"], value.detach())},
+            {name for name in initial if f"momentum.trunk.{name}" in state},
+        )
+    return found
+
+
+def test_frozen_kernels_are_kept_and_the_rest_is_trained() -> None:
+    expected = parity.reference_losses(5, 1.0, frozen=FROZEN)
+    assert expected[4] != pytest.approx(reference(1.0)[4], rel=1e-4)
+    names = {name for name, _ in parity.describe().named_parameters()}
+    frozen = {name for name in names if re.search(FROZEN, name)}
+    for engine, (losses, kept, momentum) in run_ranks(_partly_frozen, 2)[0].items():
+        assert losses == pytest.approx(expected, rel=1e-5), engine
+        assert kept == frozen, engine
+        assert momentum == names - frozen, engine
