@@ -1,7 +1,7 @@
 # make demo    from nothing to a trained, evaluated run: installs, prepares a corpus, trains on 2 ranks with ZeRO-2
-# make test    installs what is missing and runs the whole test suite
+# make test    installs what is missing and runs the whole test suite, in two processes
 # make lint    ruff and mypy
-# make bench   every benchmark, each prints a table of ratios
+# make bench   every benchmark but capacity.py, which takes hours; each prints a table of ratios
 #
 # make demo CORPUS=openclipart      the other corpus (needs apt-get: the packages are Debian's)
 # make demo ARGS="schedule.length='2 epochs'"     any setting of the recipe
@@ -36,7 +36,7 @@ demo: $(INSTALLED)
 	  recipes/pretrain.py --recipe recipes/pretrain/$(CORPUS).yaml --ds_config zero2.json run.folder=$(RUN) $(ARGS)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -44,7 +44,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	for script in benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/capacity.py,$(wildcard benchmarks/*.py)); do OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,9 +8,9 @@ loss falls from the first to the last, and the ranks together never held more th
 processes of its own; memory is their proportional set size (PSS), looked at every 50 ms, and the first look above the
 limit ends them. Weights are fp32, every block is recomputed, and the head has 1,500 hashtags. Nothing is simulated.
 
-Engines: those of a recipe. Those of DeepSpeed have the shipped file (zero3_disk: zero3_nvme.json) with small buckets
-and, under ZeRO-3, without gathering weights before they are needed. zero3_disk keeps weights, gradients and momentum on
-the disk under --scratch, of which it needs 16 bytes per parameter.
+Engines: those of a recipe. Those of DeepSpeed have the shipped file of that name with small buckets and, under ZeRO-3,
+without gathering weights before they are needed. zero3_nvme keeps weights, gradients and momentum on the disk under
+--scratch, of which it needs 16 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ from scale_wsl.engines.world import joined_world
 from scale_wsl.models.resnext import ModelConfig, parameter_count
 from scale_wsl.training.preemption import Preemption
 
-_FILES = {"zero1": "zero1.json", "zero2": "zero2.json", "zero3": "zero3.json", "zero3_disk": "zero3_nvme.json"}
-_ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "fairscale", "zero3_disk")
+_ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "fairscale", "zero3_nvme")
 _WIDTHS = (4, 8, 16, 32, 48, 64, 96, 128, 192)
 _STEPS = 3
 # Bytes from which on glibc gives memory back when it is freed. Left to itself it moves the limit up to 32 MiB, and
@@ -56,13 +55,15 @@ _DONE = "losses"
 
 def _content(name: str) -> dict[str, Any]:
     """The shipped ds_config, with small buckets and, under ZeRO-3, nothing gathered before it is needed."""
-    content = ds_config.read(ds_config.find(_FILES[name]))
+    content = ds_config.read(ds_config.find(f"{name}.json"))
     block = content["zero_optimization"]
-    block |= {"reduce_bucket_size": 1e7, "allgather_bucket_size": 1e7}
-    if block["stage"] == 3:
+    block["reduce_bucket_size"] = 1e7
+    if block["stage"] < 3:
+        block["allgather_bucket_size"] = 1e7
+    else:
         none_early = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
         block |= {f"stage3_{key}": 0 for key in none_early} | {"sub_group_size": 1e7}
-    if name == "zero3_disk":  # every kernel a sub-group of its own, and no more buffers than it needs
+    if name == "zero3_nvme":  # every kernel a sub-group of its own, and no more buffers than it needs
         block["sub_group_size"] = 1
         block["offload_optimizer"]["buffer_count"] = 2
         block["offload_param"] |= {"buffer_count": 1, "max_in_cpu": 0}
@@ -75,7 +76,7 @@ def _rung(name: str, width: int, arguments: argparse.Namespace) -> None:
     model = ModelConfig(depth=arguments.depth, width=width)
     with joined_world() as world:
         deepspeed = None
-        if name in _FILES:
+        if name.startswith("zero"):
             deepspeed = resolved(_content(name), model, arguments.micro, world, arguments.scratch)
         config = EngineConfig(name="deepspeed" if deepspeed else name, checkpointing="blocks")
         batch = random_batch(arguments.micro, arguments.image_size, world)
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=2, help="images per rank and step")
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--rate", type=float, default=0.01, help="learning rate")
-    parser.add_argument("--scratch", default="", help="folder on a disk, for zero3_disk; default: a temporary one")
+    parser.add_argument("--scratch", default="", help="folder on a disk, for zero3_nvme; default: a temporary one")
     parser.add_argument("--rung", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rung:

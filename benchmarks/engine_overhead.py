@@ -3,10 +3,11 @@
     python benchmarks/engine_overhead.py                        # every engine, 2 gloo ranks
     python benchmarks/engine_overhead.py --engines ddp fsdp --rounds 5
 
-Both sides have the same ResNeXt, hashtag head, images and optimizer, and take turns on the same ranks. The bare loop is
-what the library's own documentation shows - wrap, forward, backward, step - and nothing else: no joint norm, no guard
-against gradients that are not finite, no agreement between ranks. The trainer's step has all of these. Time is the
-median over rounds of some steps each; ratios are ours over theirs in the same round, median (quartiles).
+Both sides have the same ResNeXt, hashtag head, images and optimizer (PyTorch's fused SGD, but for bare FSDP2, which it
+does not take), and take turns on the same ranks. The bare loop is what the library's own documentation shows - wrap,
+forward, backward, step - and nothing else: no joint norm, no guard against gradients that are not finite, no agreement
+between ranks. The trainer's step has all of these. Time is the median over rounds of some steps each; ratios are ours
+over theirs in the same round, median (quartiles).
 """
 
 from __future__ import annotations
@@ -93,7 +94,10 @@ def _wrap(
     """A trunk as the library wraps it, and what goes backward from a loss and updates it."""
 
     def sgd(module: nn.Module) -> torch.optim.SGD:
-        return torch.optim.SGD(module.parameters(), lr=_RATE, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        fused = name not in ("fsdp", "hsdp")  # whose DTensors torch has no fused kernel for
+        return torch.optim.SGD(
+            module.parameters(), lr=_RATE, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=fused
+        )
 
     if name.startswith("zero"):
         import deepspeed

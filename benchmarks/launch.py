@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 __all__ = ["free_port", "on_ranks"]
 
@@ -21,8 +21,14 @@ def free_port() -> int:
 
 
 def on_ranks(function: Callable[..., None], ranks: int, *arguments: Any, threads: int = 1) -> None:
-    """Run `function(*arguments)` on each of `ranks` processes, with the environment that a launcher sets."""
-    spawn(_rank, args=(ranks, free_port(), threads, function, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
+    """Run `function(*arguments)` on each of `ranks` processes, with the environment that a launcher sets.
+
+    Processes of a fork server end without Python's finalisation, in which a gloo thread that has yet to let go of a
+    tensor aborts (seen once in head.py, where DDP keeps the process group's threads alive to the end).
+    """
+    start_processes(  # type: ignore[no-untyped-call]
+        _rank, args=(ranks, free_port(), threads, function, arguments), nprocs=ranks, start_method="forkserver"
+    )
 
 
 def _rank(

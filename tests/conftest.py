@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,18 @@ from scale_wsl.corpus.sources import open_source
 # Machines are slow now and then; that is no failure of a test.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+def pytest_configure() -> None:
+    """Give each of several test processes, and the ranks that it starts, CPUs of its own.
+
+    Gloo's collectives here are a few bytes, and a rank that waits wakes up two to three times as fast on the same CPU.
+    """
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if worker and hasattr(os, "sched_setaffinity"):
+        own = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: count]
+        if own:
+            os.sched_setaffinity(0, own)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 import warnings
@@ -11,9 +13,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# The fork server imports these once; ranks then start in milliseconds instead of re-importing torch each time.
+# The fork server imports these once; ranks then start in milliseconds instead of re-importing torch and DeepSpeed, and
+# of what DeepSpeed imports with its first engine.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor", "tests.ranks"])
+_CONTEXT.set_forkserver_preload(
+    ["torch.distributed.tensor", "deepspeed.runtime.zero.muon.muon_optimizer", "tests.engines.parity", "tests.ranks"]
+)
 
 
 def free_port() -> int:
@@ -44,17 +49,19 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # what has been imported need not be looked at again by every collection
     warnings.simplefilter("error")  # as in the tests' own process
     torch.set_num_threads(1)
     try:
         if process_group:
             dist.init_process_group("gloo")
-        pipe.send(("ok", function(*args)))
+        # By value: torch's pickling for processes would leave tensors in this one, which may end before they are read.
+        pipe.send_bytes(pickle.dumps(("ok", function(*args))))
         if process_group:
             dist.barrier()
             dist.destroy_process_group()
     except BaseException:
-        pipe.send(("error", f"rank {rank} of {size}:\n{traceback.format_exc()}"))
+        pipe.send_bytes(pickle.dumps(("error", f"rank {rank} of {size}:\n{traceback.format_exc()}")))
         raise SystemExit(1) from None
 
 
@@ -87,7 +94,7 @@ def run_ranks(
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 try:
-                    kind, value = pipe.recv()
+                    kind, value = pickle.loads(pipe.recv_bytes())  # noqa: S301 - our own rank's
                 except EOFError:
                     raise RuntimeError(f"rank {pipes[pipe]} of {size} died without a word") from None
                 if kind == "error":

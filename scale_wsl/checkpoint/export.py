@@ -53,7 +53,7 @@ def export(
         recipe.yaml         how it was trained
 
     Args:
-        checkpoint: whose elements are not checked here: see `Checkpoint.verify`.
+        checkpoint: whose elements are compared with their checksums first, those that are exported.
         out: the folder, which must not be there yet.
         form: one of `FORMATS`.
         head: False: the trunk alone, without `fc`, head and vocabulary.
@@ -65,16 +65,18 @@ def export(
         The files.
 
     Raises:
-        UserError: the folder is there already or cannot be written, or the checkpoint has no head or no such network.
+        UserError: the folder is there already or cannot be written, the checkpoint has no head or no such network, or
+            it is damaged.
     """
     network = _network(checkpoint, head)
     config = _config(checkpoint, head) | {"mean": list(mean), "std": list(std)}
     try:
         if out.exists():
             raise UserError(f"{out} is there already: choose another folder, or remove it")
+        checkpoint.verify(only=_exported(checkpoint, head), progress=progress)
         with published_folder(out) as folder:
             if form == "torch":
-                torch.save({entry.name: _whole(entry, progress) for entry in network}, folder / "pytorch_model.bin")
+                _torch_save({entry.name: _whole(entry, progress) for entry in network}, folder / "pytorch_model.bin")
             elif form == "deepspeed":
                 _save_for_deepspeed({entry.name: _whole(entry, progress) for entry in network}, folder, checkpoint)
             else:
@@ -89,13 +91,19 @@ def export(
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
-    return sorted(out.iterdir())
+    return sorted(path for path in out.rglob("*") if path.is_file())
 
 
 def exported_bytes(checkpoint: Checkpoint, head: bool) -> int:
-    """Bytes of tensors that `export` writes."""
+    """Bytes of tensors that `export` checks and writes."""
     entries = _network(checkpoint, head) + (_head(checkpoint) if head else [])
-    return sum(entry.nbytes for entry in entries)
+    checked = sum(checkpoint.tensors[name].nbytes for name in _exported(checkpoint, head))
+    return checked + sum(entry.nbytes for entry in entries)
+
+
+def _exported(checkpoint: Checkpoint, head: bool) -> list[str]:
+    prefixes = ("trunk.", "head.") if head else ("trunk.",)
+    return [name for name in checkpoint.tensors if name.startswith(prefixes)]
 
 
 def _network(checkpoint: Checkpoint, head: bool) -> list[Entry]:
@@ -146,6 +154,14 @@ def _whole(entry: Entry, progress: Callable[[int], object]) -> Tensor:
     return tensor.view(entry.shape)
 
 
+def _torch_save(content: dict[str, Any], path: Path) -> None:
+    """`torch.save`, but a disk that is full is an OSError."""
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        raise OSError(f"{path.name}: {str(error).splitlines()[0]}") from error
+
+
 def _save_for_deepspeed(tensors: dict[str, Tensor], folder: Path, checkpoint: Checkpoint) -> None:
     """What `deepspeed.utils.zero_to_fp32` (0.19) reads: one partition, each parameter a group of its own."""
     tag = f"step-{checkpoint.meta.step:08d}"
@@ -167,8 +183,8 @@ def _save_for_deepspeed(tensors: dict[str, Tensor], folder: Path, checkpoint: Ch
         "partition_count": 1,
         "single_partition_of_fp32_groups": [tensors[name].view(-1) for name in parameters],
     }
-    torch.save(model, folder / tag / "mp_rank_00_model_states.pt")
-    torch.save(
+    _torch_save(model, folder / tag / "mp_rank_00_model_states.pt")
+    _torch_save(
         {"optimizer_state_dict": partition, "ds_version": "0.19"},
         folder / tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
     )

@@ -9,7 +9,7 @@ import bisect
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,13 +153,20 @@ class Checkpoint:
 
     # --- checking ------------------------------------------------------------------------------------------------
 
-    def verify(self, rank: int = 0, size: int = 1, progress: Callable[[int], object] = lambda _: None) -> int:
+    def verify(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        progress: Callable[[int], object] = lambda _: None,
+        only: Iterable[str] | None = None,
+    ) -> int:
         """Compare the elements with their CRC-32, of this rank's share of about equal bytes; no collective.
 
         Args:
             rank: which share, of `size` that are checked elsewhere.
             size: shares.
             progress: told how many more bytes are done, from one thread at a time.
+            only: names of the tensors to check; None: all.
 
         Returns:
             Bytes checked.
@@ -169,7 +176,7 @@ class Checkpoint:
         """
         everything = sorted(
             (chunk.file, chunk.position, chunk.length * tensor.itemsize, name, chunk)
-            for name, tensor in self.tensors.items()
+            for name, tensor in ((name, self.tensors[name]) for name in (self.tensors if only is None else only))
             for chunk in tensor.chunks
         )
         total, before, mine = sum(nbytes for _, _, nbytes, _, _ in everything), 0, []

@@ -62,11 +62,8 @@ def complete(aside: Path, reports: Iterable[index.Report], meta: Meta, files: Ma
         ValueError: the reports contradict each other.
     """
     tensors, sizes, written = index.merge(reports)
-    with open(aside / TENSORS / ".metadata", "wb") as file:
-        pickle.dump(index.torch_metadata(tensors, written), file)  # for torch's tools; ours never read it
-        file.flush()
-        os.fsync(file.fileno())
-    small = {INDEX: index.dump(tensors), **files}
+    for_torch = pickle.dumps(index.torch_metadata(tensors, written))  # our own tools never unpickle it
+    small = {INDEX: index.dump(tensors), f"{TENSORS}/.metadata": for_torch, **files}
     for name, content in small.items():
         with open(aside / name, "wb") as file:
             file.write(content)

@@ -33,9 +33,9 @@ def add(commands: Any) -> None:
 
     verify = actions.add_parser(
         "verify",
-        help="compare every byte with what was saved",
-        description="Compare every byte with its checksum; exit code 2, with the file and the tensor, where one is not "
-        "as it was saved.",
+        help="compare it with what was saved",
+        description="Compare every element of every tensor, and every other file, with its checksum; exit code 2, with "
+        "the file and the tensor, where one is not as it was saved.",
         allow_abbrev=False,
     )
     verify.add_argument("path", type=Path, metavar="PATH", help="a step's folder, or a run's (all its checkpoints)")

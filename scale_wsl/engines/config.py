@@ -78,6 +78,19 @@ class EngineConfig:
         """Which parts of the trunk are recomputed."""
         return Recomputation.parse(self.checkpointing, "engine.checkpointing")
 
+    def check_norm(self, norm: str) -> None:
+        """Make sure that there is BatchNorm to train, where something is said of its statistics.
+
+        Raises:
+            UserError: there is none.
+        """
+        for key, unset in (("batchnorm", "mean"), ("batchnorm_group", 1)):
+            if norm != "batch" and getattr(self, key) != unset:
+                raise UserError(
+                    f"engine.{key} is set, but model.norm is {norm}, whose statistics no rank gathers: take it out, "
+                    "or set model.norm=batch"
+                )
+
     def check_groups(self, world_size: int) -> None:
         """Make sure that the groups divide the ranks.
 

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from scale_wsl.engines.base import Engine, StepResult, square_norm
 from scale_wsl.engines.config import EngineConfig
-from scale_wsl.engines.ds_disk import keep_gradients
+from scale_wsl.engines.ds_disk import keep_gradients, require_room
 from scale_wsl.engines.ds_zero import disk_folders
 from scale_wsl.engines.optimizer import OptimizerSettings
-from scale_wsl.engines.world import World
+from scale_wsl.engines.world import World, agree
 from scale_wsl.errors import UserError
+from scale_wsl.models.head_group import ranks_per_node
 from scale_wsl.models.weights import materialise
 from scale_wsl.shards import FlatShard, Source
 
@@ -95,10 +96,14 @@ class DeepSpeedEngine(Engine):
         # Autocast is DeepSpeed's own torch_autocast: two of them would be one too many.
         super().__init__(trunk, settings, world, precision="fp32", channels_last=config.channels_last)
         deepspeed = _import_deepspeed(world)
+        zero_block = ds_config["zero_optimization"]
         if disk_folders(ds_config):
             _require_disk_io()
+            held = sum(-(-parameter.numel() // world.size) for parameter in trunk.parameters())
+            with agree(world):
+                require_room(zero_block, held, len(settings.states), ranks_per_node() or world.size)
         self.gradient_divisor = world.size
-        self.stage: int = ds_config["zero_optimization"]["stage"]
+        self.stage: int = zero_block["stage"]
         if self.stage == 3:
             self._partition(deepspeed, source, ds_config)
         else:
@@ -119,8 +124,8 @@ class DeepSpeedEngine(Engine):
             # It would look for what is not finite in a copy of all gradients; the norm, which it looks at next, tells.
             self.zero.has_overflow = lambda partition_gradients=True: False
             if self.zero.swap_optimizer:
-                folder = ds_config["zero_optimization"]["offload_optimizer"]["nvme_path"]
-                keep_gradients(self.zero, Path(folder), world.rank)
+                with agree(world):
+                    keep_gradients(self.zero, Path(zero_block["offload_optimizer"]["nvme_path"]), world.rank)
 
     @torch.no_grad()
     def _partition(self, deepspeed: Any, source: Source, ds_config: dict[str, Any]) -> None:
@@ -163,7 +168,9 @@ class DeepSpeedEngine(Engine):
             own = [partitions[self.world.rank] for partitions in self.zero.parallel_partitioned_bit16_groups]
             stepped = self.zero.single_partition_of_fp32_groups
         for weights, copy in zip(own, stepped, strict=True):
-            if weights is not None and (weights.dtype, weights.shape) == (copy.dtype, copy.shape):
+            if weights is not None and all(
+                getattr(weights, kind) == getattr(copy, kind) for kind in ("dtype", "shape", "device")
+            ):  # with parameters alone offloaded, these are on the CPU, and what is stepped is not
                 copy.data = weights.data
         if self.stage in (1, 2) and not self.zero.cpu_offload:
             self.zero._link_all_hp_params()  # else each parameter's mapping keeps the copy alive

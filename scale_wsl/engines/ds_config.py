@@ -59,18 +59,6 @@ _FIXED = {
     "zero_allow_untested_optimizer": (True, "the recipe's torch.optim.SGD needs it"),
     "zero_force_ds_cpu_optimizer": (False, "the optimizer is the recipe's torch.optim.SGD"),
 }
-_ZERO_FIXED = {
-    "compute_grad_norm": (True, "without the norm a gradient that is not finite would be applied"),
-    "cpu_offload": (False, "offloading is not supported yet"),
-    "mics_": (False, "partitioning within groups of ranks is not supported yet"),
-    "offload_": (False, "offloading is not supported yet"),
-    "parameter_alignment": (False, "it is not tested with this engine"),
-    # DeepSpeed 0.19 reorders the flat buffer, but not the addresses by which momentum is read from it.
-    "round_robin_gradients": (False, "DeepSpeed 0.19 then misplaces momentum in checkpoints"),
-    "zenflow": (False, "ZenFlow steps by stale gradients, which the recipe does not"),
-    "zero_hpz_partition_size": (1, "partitioning within groups of ranks is not supported yet"),
-    "zero_quantized_": (False, "the results would not be those of the recipe"),
-}
 # Blocks that stay out: for good, or unless their `enabled` is true.
 _SWITCHED = {
     "bf16": "it casts BatchNorm to bf16, which DeepSpeed 0.19 cannot run and whose statistics are wrong; "
@@ -198,7 +186,7 @@ def resolve(
         if block := file.block(content, key):
             file.only_keys(f"{key}.", block, kinds)
             resolved[key] = file.tuning(f"{key}.", block, kinds)
-    if found := aio(file, content):
+    if found := aio(file, content, stage):
         resolved["aio"] = found
     resolved.setdefault("steps_per_print", 1_000_000_000)  # the trainer prints its own lines
     resolved |= {
@@ -234,7 +222,8 @@ def _check_optimizer(
             + "; use SGD, Adam or AdamW"
         )
     parameters = file.block(block, "params", "optimizer.")
-    if name == "adam" and parameters.get("adam_w_mode") is not False:
+    decoupled = parameters.get("adam_w_mode", True)
+    if name == "adam" and (ours.name == "adamw" if decoupled in (None, "auto") else decoupled is not False):
         name = "adamw"  # as DeepSpeed understands it
     if name not in (ours.name, "auto"):
         hint = ' (DeepSpeed means AdamW by "Adam", unless adam_w_mode is false)' if str(kind).lower() == "adam" else ""

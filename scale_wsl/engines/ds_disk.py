@@ -14,13 +14,47 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["keep_gradients"]
+from scale_wsl.errors import UserError
+
+__all__ = ["keep_gradients", "require_room"]
+
+
+def require_room(zero_block: dict[str, Any], elements: int, states: int, ranks: int) -> None:
+    """Make sure, before anything is made, that what will be offloaded has room on the disk.
+
+    Args:
+        zero_block: a resolved `zero_optimization`.
+        elements: that a rank holds of the trunk.
+        states: tensors of optimizer state per parameter.
+        ranks: that share this host's disk.
+
+    Raises:
+        UserError: there is less room than is needed.
+    """
+    needed: dict[str, int] = {}
+    copies = {"offload_param": 1, "offload_optimizer": 2 + states}  # in fp32: weights; weights, gradients and state
+    for key, tensors in copies.items():
+        block = zero_block.get(key, {})
+        if block.get("device") == "nvme":
+            needed[block["nvme_path"]] = needed.get(block["nvme_path"], 0) + 4 * elements * tensors * ranks
+    for folder, size in needed.items():
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            raise UserError(f"cannot offload to {folder}: {error.strerror}") from None
+        if free < size:
+            raise UserError(
+                f"offloading to {folder} takes {size / 1e9:.1f} GB for the {ranks} ranks of this host, but its disk "
+                f"has {free / 1e9:.1f} GB left: make room, or set nvme_path to a folder on another disk"
+            )
 
 
 def keep_gradients(zero: Any, folder: Path, rank: int) -> None:
@@ -32,9 +66,12 @@ def keep_gradients(zero: Any, folder: Path, rank: int) -> None:
         rank: of this process, for a name.
 
     Raises:
-        OSError: the file cannot be made.
+        UserError: the file cannot be made, or the disk has no room for it.
     """
-    pages = None if zero.offload_optimizer_pin_memory else _move_to_file(zero, folder / f"gradients-{rank}")
+    try:
+        pages = None if zero.offload_optimizer_pin_memory else _move_to_file(zero, folder / f"gradients-{rank}")
+    except OSError as error:
+        raise UserError(f"cannot keep gradients in {folder}: {error.strerror}") from None
     places: dict[str, tuple[int, int]] = {}
     start = 0
     for flat, length in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat_numel, strict=True):
@@ -77,7 +114,7 @@ def _move_to_file(zero: Any, path: Path) -> _Pages:
     """Put a file without a name, which goes with this process, in the place of the buffer, which nothing is in yet."""
     old: Tensor = zero.grad_partitions_flat_buffer
     with path.open("w+b") as file:
-        os.truncate(file.fileno(), old.nbytes)
+        os.posix_fallocate(file.fileno(), 0, old.nbytes)  # a disk that filled up later would be a SIGBUS
         mapped = mmap.mmap(file.fileno(), old.nbytes)
     path.unlink()
     zero.grad_partitions_flat_buffer = torch.frombuffer(mapped, dtype=old.dtype)

@@ -43,12 +43,10 @@ class Offloading:
 
 _ZERO_TUNING = {
     "allgather_bucket_size": EVEN,
-    "allgather_partitions": BOOLEAN,
     "contiguous_gradients": BOOLEAN,
     "overlap_comm": BOOLEAN,
     "reduce_bucket_size": POSITIVE,
     "reduce_scatter": BOOLEAN,
-    "stage3_gather_16bit_weights_on_model_save": BOOLEAN,  # of DeepSpeed's own saving, which is never called
     "stage3_max_live_parameters": NATURAL,
     "stage3_max_reuse_distance": NATURAL,
     "stage3_model_persistence_threshold": NATURAL,
@@ -59,17 +57,23 @@ _ZERO_TUNING = {
 }
 
 # By the stage that a file sets, what of the above does nothing in it: a plain all-reduce at 0, no gathering below 3.
+_BELOW_STAGE_3 = {"allgather_bucket_size", "use_multi_rank_bucket_allreduce"}
 _OF_STAGE_3 = {key for key in _ZERO_TUNING if key.startswith("stage3_")} | {"sub_group_size"}
-_IDLE = {0: set(_ZERO_TUNING), 1: _OF_STAGE_3, 2: _OF_STAGE_3}
+_IDLE = {0: set(_ZERO_TUNING), 1: _OF_STAGE_3, 2: _OF_STAGE_3, 3: _BELOW_STAGE_3}
 
 # Key, or how it begins: the one value that may stand there (beside null, {} and "auto"), and why no other may.
 _ZERO_FIXED = {
+    "allgather_partitions": (True, "DeepSpeed 0.19 gathers them so whatever it says"),
     "compute_grad_norm": (True, "without the norm a gradient that is not finite would be applied"),
     "cpu_offload": (False, 'DeepSpeed has replaced it by offload_optimizer {"device": "cpu"}'),
     "mics_": (False, "partitioning within groups of ranks is not supported yet"),
     "parameter_alignment": (False, "it is not tested with this engine"),
     # DeepSpeed 0.19 reorders the flat buffer, but not the addresses by which momentum is read from it.
     "round_robin_gradients": (False, "DeepSpeed 0.19 then misplaces momentum in checkpoints"),
+    "stage3_gather_16bit_weights_on_model_save": (
+        False,
+        "DeepSpeed's own saving is never used (scale-wsl checkpoint export writes whole weights)",
+    ),
     "zenflow": (False, "ZenFlow steps by stale gradients, which the recipe does not"),
     "zero_hpz_partition_size": (1, "partitioning within groups of ranks is not supported yet"),
     "zero_quantized_": (False, "the results would not be those of the recipe"),
@@ -130,7 +134,7 @@ def zero(file: JsonFile, block: dict[str, Any], run: Offloading) -> dict[str, An
     offload = {key: _offload(file, block, key, stage, run) for key in _OFFLOAD}
     tuning = file.tuning("zero_optimization.", block, _ZERO_TUNING)
     for key in tuning:
-        if key in _IDLE.get(stage, ()):
+        if key in _IDLE[stage]:
             raise UserError(f"{file.origin} sets zero_optimization.{key}, which does nothing in ZeRO-{stage}")
     return {
         "stage": stage,
@@ -181,11 +185,14 @@ def _offload(file: JsonFile, zero_block: dict[str, Any], key: str, stage: int, r
     return found
 
 
-def aio(file: JsonFile, content: dict[str, Any]) -> dict[str, Any]:
-    """The `aio` block: how DeepSpeed reads and writes what is offloaded to disk."""
+def aio(file: JsonFile, content: dict[str, Any], zero_block: dict[str, Any]) -> dict[str, Any]:
+    """The `aio` block: how DeepSpeed reads and writes what the resolved `zero_optimization` offloads to disk."""
     block = file.block(content, "aio")
     file.only_keys("aio.", block, _AIO)
-    return file.tuning("aio.", block, _AIO)
+    found = file.tuning("aio.", block, _AIO)
+    if found and not disk_folders({"zero_optimization": zero_block}):
+        raise UserError(f'{file.origin} sets aio, which does nothing where no device is "nvme"')
+    return found
 
 
 def disk_folders(config: dict[str, Any]) -> set[Path]:

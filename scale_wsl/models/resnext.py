@@ -22,6 +22,7 @@ __all__ = ["Bottleneck", "ModelConfig", "ResNeXt", "describe_trunk", "multiply_a
 
 # Blocks in each of the four stages. 50, 101 and 152 are He et al. 2015, table 1; 26 is the same with two blocks each.
 _BLOCKS = {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+_NORM_GROUPS = 32  # of a GroupNorm, as its authors have it (Wu and He 2018)
 _EXPANSION = 4  # a block's output is four times its stage's base width
 
 
@@ -37,7 +38,7 @@ class ModelConfig:
         "batch: BatchNorm; group: GroupNorm; frozen: BatchNorm that is never trained, for weights that were loaded",
         choices=("batch", "group", "frozen"),
     )
-    norm_groups: int = setting(32, "groups of each GroupNorm (norm=group)")
+    norm_groups: int = setting(_NORM_GROUPS, "groups of each GroupNorm (norm=group)")
     zero_init_residual: bool = setting(
         True, "start each residual branch at zero through its last norm's weight, where norms are trained"
     )
@@ -46,13 +47,18 @@ class ModelConfig:
         """Check what one key cannot know of another.
 
         Raises:
-            UserError: a number is not positive, or GroupNorm does not divide a layer's channels.
+            UserError: a number is not positive, GroupNorm does not divide a layer's channels, or its groups are set for
+                another norm.
         """
         for key in ("groups", "width", "norm_groups"):
             if getattr(self, key) < 1:
                 raise UserError(f"model.{key} is {getattr(self, key)}, but must be 1 or more")
         if self.depth not in _BLOCKS:
             raise UserError(f"model.depth is {self.depth}, but must be one of {', '.join(map(str, _BLOCKS))}")
+        if self.norm != "group" and self.norm_groups != _NORM_GROUPS:
+            raise UserError(
+                f"model.norm_groups is {self.norm_groups}, but model.norm is {self.norm}, which has no groups"
+            )
         if self.norm == "group":
             for channels in (64, self.groups * self.width):  # every other layer has a multiple of these
                 if channels % self.norm_groups:

@@ -27,6 +27,7 @@ from scale_wsl.models.softmax_pass import (
     gather_targets,
     image_chunks,
     one_pass,
+    row_blocks,
 )
 
 __all__ = [
@@ -271,10 +272,12 @@ def logit_chunks(
     """
     compute = compute_dtype(features)
     gathered = start_all_gather_rows(features.to(compute), shard.group)
-    W = weight.to(compute)
     X = gathered.wait()
+    blocks = row_blocks(weight)
     for images in shard.chunks(X.shape[0]):
-        logits = torch.mm(X[images], W.t()).to(accumulation_dtype(compute))
+        logits = X.new_empty((images.stop - images.start, len(weight)), dtype=accumulation_dtype(compute))
+        for block in blocks:
+            logits[:, block] = X[images] @ weight[block].to(compute).t()
         if bias is not None:
             logits.add_(bias)
         local = logits.logsumexp(1)  # -inf where no row is held here

@@ -34,7 +34,16 @@ from scale_wsl.collectives import (
     start_reduce_scatter_rows,
 )
 
-__all__ = ["Columns", "Gradients", "accumulation_dtype", "compute_dtype", "gather_targets", "image_chunks", "one_pass"]
+__all__ = [
+    "Columns",
+    "Gradients",
+    "accumulation_dtype",
+    "compute_dtype",
+    "gather_targets",
+    "image_chunks",
+    "one_pass",
+    "row_blocks",
+]
 
 _CHUNK_BYTES = 64 << 20  # of fp32 logits: many rows to a matrix product, and small beside the weights
 _BLOCK_BYTES = {"cpu": 4 << 20}  # of fp32 weight rows: what a core's share of the cache holds
@@ -156,9 +165,11 @@ def _multiply(into: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
         into.copy_(a @ b)
 
 
-def _block_rows(features: int, kind: str) -> int:
-    rows = _BLOCK_BYTES.get(kind, _BLOCK_BYTES_ELSEWHERE) // (4 * features)
-    return max(1, min(rows, _MOST_BLOCK_ROWS.get(kind, rows)))
+def row_blocks(weight: Tensor) -> list[slice]:
+    """The blocks of rows of a weight `[c, D]`, all but the last of one height."""
+    most = _BLOCK_BYTES.get(weight.device.type, _BLOCK_BYTES_ELSEWHERE) // (4 * weight.shape[1])
+    height = max(1, min(most, _MOST_BLOCK_ROWS.get(weight.device.type, most)))
+    return [slice(first, min(first + height, len(weight))) for first in range(0, len(weight), height)]
 
 
 def one_pass(
@@ -208,8 +219,8 @@ class _Pass:
         self.smoothing, self.scale, self.add = smoothing, scale, add
         self.accumulation = accumulation_dtype(X.dtype)
         (N, D), c = X.shape, len(columns.weight)
-        height = _block_rows(D, X.device.type)
-        self.height, self.blocks = height, [slice(first, min(first + height, c)) for first in range(0, c, height)]
+        self.blocks = row_blocks(columns.weight)
+        self.height = height = self.blocks[0].stop if self.blocks else 0  # of all but the last
         self.differentiates = any(needed)
 
         def new(*shape: int) -> Tensor:

@@ -149,6 +149,7 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
     check_group_size(recipe.head.group_size, world.size)
     check_optimizer(recipe.head.sampled, recipe.optim.name)
     recipe.engine.check_groups(world.size)
+    recipe.engine.check_norm(recipe.model.norm)
     if recipe.engine.name == "fairscale":
         require_fairscale(world.device)
     order = Order.of(train, seed=recipe.run.seed, resampling=recipe.data.resampling, threshold=recipe.data.threshold)

@@ -23,14 +23,14 @@ class CheckpointConfig:
     )
     asynchronous: bool = setting(
         True,
-        "write while training goes on, for one more copy of each rank's share in host memory; false: training waits",
+        "write while training goes on, for one more copy of each rank's share in host memory; false: training waits, "
+        "as it does where state is offloaded to disk",
     )
     keep: int = setting(2, "how many checkpoints to keep, the newest")
     resume: str = setting(
         "",
         "'auto': from the newest whole checkpoint of run.folder, if any; or a checkpoint's folder; --resume sets it",
     )
-
     start_from: str = setting(
         "",
         "checkpoint (or run folder) of another run whose weights this one starts from: the trunk as it is, the head's "
@@ -41,6 +41,11 @@ class CheckpointConfig:
     )
 
     def __post_init__(self) -> None:
+        """Check what one key cannot know of another.
+
+        Raises:
+            UserError: a number out of range, no duration, or a setting without the one that it is about.
+        """
         if self.take_ambiguous and not self.start_from:
             raise UserError("checkpoint.take_ambiguous is set, but not checkpoint.start_from, whose head it is about")
         if self.keep < 1:
@@ -58,10 +63,16 @@ def resume_from(config: CheckpointConfig, folder: Path, besides: frozenset[Path]
 
     Raises:
         UserError: the run folder has checkpoints but the recipe does not say what to do, or names another one than the
-            newest of them; or the named one is not whole.
+            newest of them; or the named one is not whole, or none of them is.
     """
     if config.resume == "auto":
-        return newest(folder, besides)
+        found = newest(folder, besides)
+        if found is None and checkpoints(folder):
+            raise UserError(
+                f"no checkpoint in {folder} is whole, so there is nothing to go on from: remove them to begin anew, "
+                "or choose another run.folder"
+            )
+        return found
     if config.resume:
         named = Path(config.resume)
         read_meta(named)

@@ -103,7 +103,7 @@ class Session:
         self.saver = Saver(
             job.folder / "checkpoints",
             keep=recipe.checkpoint.keep,
-            asynchronous=recipe.checkpoint.asynchronous,
+            asynchronous=recipe.checkpoint.asynchronous and not self._on_disk(),
             device=world.device,
         )
         held = parameter_count(recipe.model) + len(job.train.vocabulary) * (trunk.num_features + recipe.head.bias)
@@ -144,6 +144,10 @@ class Session:
             world=world,
             seed=recipe.run.seed,
         )
+
+    def _on_disk(self) -> bool:
+        """Whether state is offloaded to disk: then memory has no room for a copy of it, and saves are blocking."""
+        return self.job.deepspeed is not None and bool(disk_folders(self.job.deepspeed))
 
     def _head_group(self, features: int) -> int:
         return choose_group_size(
@@ -257,6 +261,8 @@ class Session:
         if job.start:
             lines.append(f"starting from {job.start.checkpoint.path}: {job.start.report.summary()}")
             job.start.write_report(job.folder)
+        if self._on_disk() and recipe.checkpoint.asynchronous:
+            lines.append("state is on disk, and memory holds no copy of it to save: training waits for each checkpoint")
         if job.resume:
             lines.append(f"going on from {job.resume[0]} ({self.trainer.counter.samples:,} images done)")
         print("\n".join(lines), flush=True)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from scale_wsl import cli
+from scale_wsl.checkpoint.reader import Checkpoint
 from scale_wsl.checkpoint.saver import Saver
 from scale_wsl.models.resnext import ModelConfig
 from scale_wsl.models.weights import build_trunk
@@ -25,13 +28,14 @@ from tests.checkpoint import states
 from tests.ranks import run_ranks
 
 MODEL = {"depth": 26, "groups": 4, "width": 4}
+NORMS: dict[str, dict[str, Any]] = {"batch": {}, "group": {"norm": "group", "norm_groups": 8}}
 LABELS = 11
 VOCABULARY = b'{"hashtags": []}'
 
 
 def _network_tensors(norm: str, bias: bool) -> dict[str, torch.Tensor]:
     """The trunk and head of a network none of whose tensors is what it starts as."""
-    trunk = build_trunk(ModelConfig(**MODEL, norm=norm, norm_groups=8), seed=1).state_dict()
+    trunk = build_trunk(ModelConfig(**MODEL, **NORMS[norm]), seed=1).state_dict()
     numbers = torch.Generator().manual_seed(2)
     for tensor in trunk.values():
         tensor.copy_(torch.rand(tensor.shape, generator=numbers) + 0.5 if tensor.is_floating_point() else 3)
@@ -42,9 +46,7 @@ def _network_tensors(norm: str, bias: bool) -> dict[str, torch.Tensor]:
 
 
 def _save(folder: Path, norm: str, bias: bool) -> None:
-    meta = dataclasses.replace(
-        states.meta(7), recipe=yaml.safe_dump({"model": MODEL | {"norm": norm, "norm_groups": 8}})
-    )
+    meta = dataclasses.replace(states.meta(7), recipe=yaml.safe_dump({"model": MODEL | NORMS[norm]}))
     with Saver(folder / "checkpoints", keep=1) as saver:
         saver.start(states.shards("mixed", _network_tensors(norm, bias)), meta, {"vocabulary.json": VOCABULARY})
 
@@ -166,6 +168,51 @@ def test_what_cannot_be_exported(
     assert _export(tmp_path / "other", "--out", tmp_path / "new") == 2
     assert "does not say which network" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other", "out"]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch", "deepspeed"])
+def test_a_damaged_checkpoint_is_not_exported(
+    run: tuple[Path, str, bool], tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = Path(shutil.copytree(run[0] / "checkpoints" / "step-00000007", tmp_path / "step-00000007"))
+    tensors = Checkpoint.open(damaged).tensors
+
+    def flip(name: str) -> None:
+        chunk = tensors[name].chunks[-1]
+        with open(damaged / "tensors" / chunk.file, "r+b") as file:
+            file.seek(chunk.position)
+            byte = file.read(1)
+            file.seek(chunk.position)
+            file.write(bytes([byte[0] ^ 1]))
+
+    flip("momentum.head.weight")  # which does not go out
+    assert _export(damaged, "--out", tmp_path / "whole", "--format", form) == 0
+    flip("trunk.conv1.weight")
+    assert _export(damaged, "--out", tmp_path / "out", "--format", form) == 2
+    assert "has other bytes of trunk.conv1.weight" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch", "deepspeed"])
+def test_a_full_disk_is_one_sentence(
+    run: tuple[Path, str, bool], tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))  # files cannot grow beyond it, as on a full disk
+    try:
+        assert _export(run[0], "--out", tmp_path / "out", "--format", form) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"cannot write to {tmp_path / 'out'}: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_files_are_listed(run: tuple[Path, str, bool], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _export(run[0], "--out", tmp_path / "out", "--format", "deepspeed") == 0
+    listed = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in capsys.readouterr().out.splitlines()}
+    files = {str(path): path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert listed == files
+    assert sum(path.endswith(".pt") for path in files) == 2
 
 
 def _large(mebibytes: int) -> Iterator[tuple[str, FlatShard]]:

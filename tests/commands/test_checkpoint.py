@@ -54,6 +54,21 @@ def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         file.write_bytes(content)
 
 
+def test_torchs_own_index_is_part_of_the_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run / "checkpoints" / "step-00000003" / "tensors" / ".metadata"
+    content = file.read_bytes()
+    try:
+        for damaged, says in (
+            (content[:-1], "'tensors/.metadata' is missing or does not have its"),
+            (content[:-1] + b"?", "tensors/.metadata is not as it was saved"),
+        ):
+            file.write_bytes(damaged)
+            assert cli.main(["checkpoint", "verify", str(run)]) == 2
+            assert says in capsys.readouterr().err
+    finally:
+        file.write_bytes(content)
+
+
 @pytest.mark.parametrize("action", ["inspect", "verify"])
 def test_what_is_no_checkpoint(tmp_path: Path, action: str, capsys: pytest.CaptureFixture[str], run: Path) -> None:
     for path, says in ((tmp_path / "nowhere", "not a whole checkpoint"), (tmp_path, "there is no checkpoint in")):

@@ -157,6 +157,7 @@ def test_no_image_and_no_near_identical_one_is_on_both_sides(toy: Prepared) -> N
 
 def test_labels_are_those_of_the_hashtags_and_images_are_untouched(toy: Prepared) -> None:
     source = {post.key: post for post in ToySource().posts()}
+    wordnet = WordNet.load()
     for path in (toy.train, toy.validation):
         dataset, facts = Dataset.open(path), jsons(path)
         for i, key in enumerate(dataset.keys):
@@ -167,7 +168,7 @@ def test_labels_are_those_of_the_hashtags_and_images_are_untouched(toy: Prepared
             if (copy := source.get(f"copy{key[1:]}")) is not None and key.startswith("a"):
                 hashtags += copy.hashtags  # of an exact copy
             assert facts[key]["hashtags"] == hashtags
-            expected = label_ids(normalize_all(hashtags)[0], dataset.vocabulary, WordNet.load())
+            expected = label_ids(normalize_all(hashtags)[0], dataset.vocabulary, wordnet)
             assert dataset.labels(i).tolist() == facts[key]["labels"] == expected.tolist()
 
 

@@ -194,11 +194,12 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def run_engine(engine: str, norms: Sequence[str] = NORMS) -> dict[Cell, Outcome]:
     """Every combination of an engine with these norms (collective)."""
     found = {}
+    groups = set()  # that the libraries keep for all their engines
     for number, cell in enumerate(cell for cell in cells(engine) if cell.norm in norms):
         found[cell] = run(cell)
-        if number == 0:
-            gc.freeze()  # what has been imported need not be looked at again by every collection
-        elif number % 16 == 0:
+        groups = groups or parity.process_groups()
+        parity.destroy_other_groups(groups)
+        if number % 16 == 15:
             gc.collect()  # DeepSpeed's engines and their hooks know each other
     return found
 

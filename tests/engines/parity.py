@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from scale_wsl.checkpoint.layout import Meta
@@ -92,6 +93,17 @@ def mesh_of(group_size: int) -> DeviceMesh | None:
     return head_mesh(group_size)
 
 
+def process_groups() -> set[ProcessGroup]:
+    """All that there are on this rank."""
+    return set(distributed_c10d._world.pg_map)
+
+
+def destroy_other_groups(kept: set[ProcessGroup]) -> None:
+    """Destroy what trainers that are done have left (collective): each group has threads, which poll while it lives."""
+    for group in [group for group in distributed_c10d._world.pg_map if group not in kept]:
+        dist.destroy_process_group(group)
+
+
 def global_batch(
     step: int, batch: int, *, seed: int = 0, side: int = 32
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -156,7 +168,7 @@ def make_trainer(
         optim: the recipe's, where it is not plain SGD.
         ds_content: of a user's ds_config, where `name` does not say enough.
         of_batch: seed and side of the images.
-        scratch: where zero3_disk offloads to.
+        scratch: where zero3_nvme offloads to.
     """
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
     optim = dataclasses.replace(optim or OptimConfig(), clip=clip)
@@ -168,14 +180,14 @@ def make_trainer(
         **(settings or {}),
     )
     trunk = trunk or describe(norm)
-    offload = {"device": "nvme" if name.endswith("disk") else "cpu", "pin_memory": False}
+    offload = {"device": "nvme" if name.endswith("nvme") else "cpu", "pin_memory": False}
     deepspeed = ds_config.resolve(
         ds_content
         or {
             "zero_optimization": {
                 "stage": stage or 0,
                 **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
-                **({"offload_optimizer": offload} if "_" in name else {}),
+                **({"offload_optimizer": offload} if "_" in name and name != "zero3_parameters" else {}),
                 **({"offload_param": offload} if "zero3_" in name else {}),
             }
         },
@@ -292,13 +304,16 @@ def dense_targets(ids: torch.Tensor) -> torch.Tensor:
     return targets
 
 
-def reference_losses(steps: int, clip: float, batch: int = BATCH, adam: str = "", frozen: str = "-") -> list[float]:
+def reference_losses(
+    steps: int, clip: float, batch: int = BATCH, adam: str = "", frozen: str = "-", norm_parts: int = 0
+) -> list[float]:
     """The same training in float64 in this process: whole batches, a dense head, plain torch.optim.SGD.
 
     `adam`: torch's Adam or AdamW instead, with weight decay 0.05 and a constant learning rate.
     `frozen`: which of the trunk's parameters are not trained.
+    `norm_parts`: BatchNorm instead of GroupNorm, by the statistics of each of so many parts of the batch.
     """
-    trunk = freeze(make_trunk(), frozen).double()
+    trunk = freeze(make_trunk(nn.BatchNorm2d if norm_parts else GROUP_NORM), frozen).double()
     head = dense_head(trunk.num_features)
     optimizer: torch.optim.Optimizer = dense_optimizer(trunk, head)
     if adam:
@@ -309,7 +324,8 @@ def reference_losses(steps: int, clip: float, batch: int = BATCH, adam: str = ""
     for step in range(steps):
         images, ids, _ = global_batch(step, batch)
         targets = dense_targets(ids)
-        logits = head(trunk(normalize(images, torch.float64)))
+        parts = normalize(images, torch.float64).chunk(norm_parts or 1)
+        logits = head(torch.cat([trunk(part) for part in parts]))
         loss = -(targets * F.log_softmax(logits, 1)).sum() / (targets.sum(1) > 0).sum()
         loss.backward()
         if clip:

@@ -137,7 +137,11 @@ def test_there_is_a_file_for_each_stage_place_and_optimizer() -> None:
         ({ZERO: {"stage": 2, "stage3_max_live_parameters": 9}}, ["stage3_max_live_parameters, which does nothing"]),
         ({ZERO: {"stage": 1, "sub_group_size": 9}}, ["sub_group_size", "ZeRO-1"]),
         ({ZERO: {"stage": 0, "reduce_bucket_size": 9}}, ["reduce_bucket_size", "ZeRO-0"]),
+        ({ZERO: {"stage": 3, "allgather_bucket_size": 8}}, ["allgather_bucket_size, which does nothing in ZeRO-3"]),
+        ({ZERO: {"stage": 2, "allgather_partitions": False}}, ["allgather_partitions to false", "whatever it says"]),
+        ({ZERO: {"stage3_gather_16bit_weights_on_model_save": True}}, ["16bit", "scale-wsl checkpoint export"]),
         ({"aio": {"block": 1}}, ["aio.block", "did you mean aio.block_size?"]),
+        ({"aio": {"block_size": 1}, ZERO: {"stage": 3}}, ["aio, which does nothing", '"nvme"']),
         ({ZERO: {"mics_shard_size": 2}}, ["mics_shard_size", "groups of ranks"]),
         ({ZERO: {"zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size to 2", "only 1 works"]),
         ({ZERO: {"zero_quantized_weights": True}}, ["zero_quantized_weights", "recipe"]),
@@ -228,6 +232,8 @@ def test_adam_is_adamw_to_deepspeed_unless_it_is_told_otherwise() -> None:
         ({"type": "AdamW"}, adamw, adam),
         (plain, adam, adamw),
     ):
+        both = {**plain, "params": {**ADAM["params"], "adam_w_mode": "auto"}}
+        assert "optimizer" not in resolved({"optimizer": both}, optimizer=fits)
         assert "optimizer" not in resolved({"optimizer": content}, optimizer=fits)
         with pytest.raises(UserError, match=r"optimizer\.type to \"Adam"):
             resolved({"optimizer": content}, optimizer=other)

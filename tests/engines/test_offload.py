@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from scale_wsl.engines.ds_disk import require_room
 from scale_wsl.errors import UserError
 from scale_wsl.models.norms import FrozenBatchNorm2d
 from scale_wsl.models.recompute import Stage
@@ -54,8 +55,13 @@ def _train(name: str, scratch: Path) -> tuple[list[float], dict[str, list[float]
     losses += parity.take_steps(trainer, 2)
     on_disk = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
     # The gradients' file has no name any more.
-    assert ("/gradients-" in Path("/proc/self/maps").read_text()) == (name == "zero3_disk")
+    assert ("/gradients-" in Path("/proc/self/maps").read_text()) == (name == "zero3_nvme")
     return losses, norms, on_disk
+
+
+# The first test that offloads to disk compiles DeepSpeed's operator, for minutes. Where several processes share the
+# tests, the others need not wait for it.
+on_disk = pytest.mark.xdist_group("disk operator")
 
 
 def has_disk_io() -> bool:
@@ -68,7 +74,7 @@ def has_disk_io() -> bool:
 
 def test_offloaded_to_cpu_memory_the_training_is_the_same(tmp_path: Path) -> None:
     plain = run_ranks(_train, 2, "zero3", tmp_path)
-    for name in ("zero3_offload", "zero2_offload", "zero1_offload"):
+    for name in ("zero3_offload", "zero3_parameters", "zero2_offload", "zero1_offload"):
         for (losses, norms, _), (expected, expected_norms, _) in zip(
             run_ranks(_train, 2, name, tmp_path), plain, strict=True
         ):
@@ -77,13 +83,13 @@ def test_offloaded_to_cpu_memory_the_training_is_the_same(tmp_path: Path) -> Non
                 assert values == pytest.approx(expected_norms[key], rel=1e-4, abs=1e-5), (name, key)
 
 
+@on_disk
 @pytest.mark.slow
 def test_offloaded_to_disk_the_training_is_the_same(tmp_path: Path) -> None:
-    """The first run on a machine compiles DeepSpeed's operator, for a minute or more."""
     if not run_ranks(has_disk_io, 1)[0]:
         pytest.skip("DeepSpeed's disk operator needs libaio's headers, g++ and ninja")
     plain = run_ranks(_train, 2, "zero3", tmp_path / "nothing")
-    offloaded = run_ranks(_train, 2, "zero3_disk", tmp_path, timeout=900)
+    offloaded = run_ranks(_train, 2, "zero3_nvme", tmp_path, timeout=900)
     for (losses, norms, on_disk), (expected, expected_norms, none) in zip(offloaded, plain, strict=True):
         assert losses == expected
         assert norms == expected_norms
@@ -105,9 +111,10 @@ def _go_on(folder: Path, before: str, after: str) -> tuple[list[float], list[flo
     return undisturbed, parity.take_steps(other, 2), differing
 
 
+@on_disk
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("before", "after"), [("zero3_disk", "zero3_disk"), ("zero3_disk", "fsdp"), ("ddp", "zero3_disk")]
+    ("before", "after"), [("zero3_nvme", "zero3_nvme"), ("zero3_nvme", "fsdp"), ("ddp", "zero3_nvme")]
 )
 def test_a_run_on_disk_saves_and_goes_on(before: str, after: str, tmp_path: Path) -> None:
     if not run_ranks(has_disk_io, 1)[0]:
@@ -117,12 +124,24 @@ def test_a_run_on_disk_saves_and_goes_on(before: str, after: str, tmp_path: Path
         assert losses == pytest.approx(undisturbed, rel=1e-6)
 
 
+def test_a_disk_without_room_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    block = {"offload_param": {"device": "nvme", "nvme_path": str(tmp_path / "a")}}
+    block["offload_optimizer"] = {"device": "nvme", "nvme_path": str(tmp_path / "b")}
+    require_room(block, 1000, states=1, ranks=2)
+    with pytest.raises(UserError, match=r"b takes 24000000.0 GB for the 2 ranks.*GB left: make room, or set nvme_path"):
+        require_room({"offload_optimizer": block["offload_optimizer"]}, 10**15, states=1, ranks=2)
+    (tmp_path / "file").touch()
+    block["offload_param"]["nvme_path"] = str(tmp_path / "file" / "below")
+    with pytest.raises(UserError, match="cannot offload to"):
+        require_room(block, 1000, states=1, ranks=2)
+
+
 def _without_libaio(scratch: Path) -> str:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     AsyncIOBuilder.is_compatible = lambda self, verbose=False: False
     try:
-        parity.make_trainer("zero3_disk", accumulation=1, clip=0.0, scratch=scratch)
+        parity.make_trainer("zero3_nvme", accumulation=1, clip=0.0, scratch=scratch)
     except UserError as error:
         return str(error)
     return ""

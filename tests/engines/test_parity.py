@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from torch import nn
 
 from scale_wsl.training.schedule import OptimConfig
 from tests.engines import parity
@@ -45,6 +46,23 @@ def test_without_clipping_nothing_is_clipped() -> None:
     assert reference(0.0)[4] != pytest.approx(reference(1.0)[4], rel=1e-4)
     for name, losses in run_ranks(_unclipped_losses, 2)[0].items():
         assert losses == pytest.approx(reference(0.0)[:5], rel=1e-5), name
+
+
+def _losses_with_batchnorm_over_two_ranks() -> dict[str, list[float]]:
+    settings = {"batchnorm_group": 2}
+    return {
+        name: parity.take_steps(
+            parity.make_trainer(name, accumulation=1, clip=1.0, norm=nn.BatchNorm2d, settings=settings), 3
+        )
+        for name in parity.ENGINES
+    }
+
+
+def test_batchnorm_over_a_part_of_the_ranks_is_that_of_their_images() -> None:
+    expected, of_all = (parity.reference_losses(3, 1.0, norm_parts=parts) for parts in (2, 1))
+    assert expected[2] != pytest.approx(of_all[2], rel=1e-4)
+    for name, losses in run_ranks(_losses_with_batchnorm_over_two_ranks, 4)[0].items():
+        assert losses == pytest.approx(expected, rel=1e-5), name
 
 
 def _losses_with_head_groups() -> list[float]:

@@ -10,7 +10,7 @@ from scale_wsl.engines.ds_config import read
 from scale_wsl.training.schedule import OptimConfig
 from tests.engines import parity
 from tests.engines.test_ds_config import SHIPPED, optimizer_of
-from tests.engines.test_offload import has_disk_io
+from tests.engines.test_offload import has_disk_io, on_disk
 from tests.ranks import run_ranks
 
 STEPS = 3
@@ -30,13 +30,20 @@ def _losses(paths: list[Path], scratch: Path) -> dict[str, tuple[list[float], li
     return found
 
 
+ON_DISK = [path for path in SHIPPED if "nvme" in path.name]
+
+
 def test_every_shipped_file_trains_as_ddp_does(tmp_path: Path) -> None:
-    on_disk = [path for path in SHIPPED if "nvme" in path.name]
-    paths = [path for path in SHIPPED if path not in on_disk]
+    paths = [path for path in SHIPPED if path not in ON_DISK]
     assert len(paths) >= 10
     for name, (losses, expected) in run_ranks(_losses, 2, paths, tmp_path, timeout=400)[0].items():
         assert losses == pytest.approx(expected, rel=1e-5), name
+
+
+@on_disk
+@pytest.mark.slow
+def test_the_shipped_file_for_a_disk_trains_as_ddp_does(tmp_path: Path) -> None:
     if not run_ranks(has_disk_io, 1)[0]:
         pytest.skip("DeepSpeed's disk operator needs libaio's headers, g++ and ninja")
-    for name, (losses, expected) in run_ranks(_losses, 2, on_disk, tmp_path, timeout=900)[0].items():
+    for name, (losses, expected) in run_ranks(_losses, 2, ON_DISK, tmp_path, timeout=900)[0].items():
         assert losses == pytest.approx(expected, rel=1e-5), name

@@ -147,6 +147,8 @@ def test_only_the_newest_of_the_runs_own_folder_is_gone_on_from_by_name(
     assert resume(run / "step-00000002", run) == run / "step-00000002"
     for damaged in run.iterdir():
         (damaged / "meta.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        resume("auto", run)
     with pytest.raises(UserError, match="has other checkpoints"):
         resume(elsewhere, run)
 

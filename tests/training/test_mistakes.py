@@ -72,6 +72,18 @@ def test_an_unknown_option(emoji_corpus: Path, tmp_path: Path) -> None:
     assert "--ds_confg" in mistake(["--ds_confg", "x.json", *arguments(emoji_corpus, tmp_path)])
 
 
+@pytest.mark.parametrize("setting", ["engine.batchnorm=pooled", "engine.batchnorm_group=0"])
+def test_statistics_of_norms_that_have_none(emoji_corpus: Path, tmp_path: Path, setting: str) -> None:
+    sentence = mistake(arguments(emoji_corpus, tmp_path, "model.norm=frozen", setting))
+    assert f"{setting.partition('=')[0]} is set, but model.norm is frozen" in sentence
+
+
+def test_groups_of_a_norm_that_has_none(emoji_corpus: Path, tmp_path: Path) -> None:
+    assert "model.norm is batch, which has no groups" in mistake(
+        arguments(emoji_corpus, tmp_path, "model.norm_groups=8")
+    )
+
+
 def test_data_that_was_never_prepared(tmp_path: Path) -> None:
     assert "scale-wsl prepare" in mistake(arguments(tmp_path / "nothing", tmp_path))
 

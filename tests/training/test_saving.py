@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -10,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
+from scale_wsl.checkpoint import layout, writer
 from scale_wsl.checkpoint import saver as saving
-from scale_wsl.checkpoint import writer
 from scale_wsl.checkpoint.saver import Saver
 from scale_wsl.errors import UserError
 from scale_wsl.shards import FlatShard
@@ -23,7 +26,9 @@ from scale_wsl.training import state
 from scale_wsl.training.loop import Trainer
 from tests.checkpoint import states
 from tests.engines import parity
+from tests.engines.test_offload import has_disk_io, on_disk
 from tests.ranks import run_ranks
+from tests.training import launching
 
 
 def _shards(trainer: Trainer) -> Iterator[tuple[str, FlatShard]]:
@@ -125,3 +130,35 @@ def _one_rank_knows_first(folder: Path) -> str:
 def test_ranks_that_hear_of_a_failure_at_different_times_stop_together(tmp_path: Path) -> None:
     sentence = f"cannot save {tmp_path}/step-00000001: Input/output error (rank 0)"
     assert run_ranks(_one_rank_knows_first, 2, tmp_path) == [sentence] * 2
+
+
+def _save_a_run_on_disk(argv: list[str]) -> tuple[int, str, list[bool]]:
+    """The run's exit code and output, and which saves were to go on beside training."""
+    from scale_wsl.training.pretrain import main
+
+    asynchronous, start = [], Saver.start
+
+    def recorded(saver: Saver, *arguments: Any) -> None:
+        asynchronous.append(saver.asynchronous)
+        start(saver, *arguments)
+
+    Saver.start = recorded  # type: ignore[method-assign]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = main(argv, launching.ROOT / "recipes" / "pretrain" / "emoji.yaml")
+    return code, printed.getvalue(), asynchronous
+
+
+@on_disk
+@pytest.mark.slow
+def test_what_is_on_disk_is_not_copied_to_memory_to_save_it(emoji_corpus: Path, tmp_path: Path) -> None:
+    if not run_ranks(has_disk_io, 1)[0]:
+        pytest.skip("DeepSpeed's disk operator needs libaio's headers, g++ and ninja")
+    run = tmp_path / "run"
+    argv = [*launching.TINY, "--ds_config", "zero3_nvme.json", f"data.train={emoji_corpus}", "tracking.enabled=false"]
+    argv += [f"data.validation={emoji_corpus}", f"run.folder={run}", "batch.micro=4", "schedule.length=2 steps"]
+    (code, printed, asynchronous), *_ = run_ranks(_save_a_run_on_disk, 2, argv, process_group=False, timeout=900)
+    assert code == 0
+    assert "training waits for each checkpoint" in printed
+    assert asynchronous == [False]
+    assert layout.read_meta(run / "checkpoints" / "step-00000002").step == 2
+    assert not (run / "offloaded").exists()
