@@ -39,10 +39,11 @@ def require_room(zero_block: dict[str, Any], elements: int, states: int, ranks: 
         UserError: there is less room than is needed.
     """
     needed: dict[str, int] = {}
-    copies = {"offload_param": 1, "offload_optimizer": 2 + states}  # in fp32: weights; weights, gradients and state
-    for key, tensors in copies.items():
+    for key in ("offload_param", "offload_optimizer"):
         block = zero_block.get(key, {})
         if block.get("device") == "nvme":
+            # In fp32: the weights, and what the optimizer steps beside its state and, see above, the gradients.
+            tensors = 1 if key == "offload_param" else 1 + states + (not block["pin_memory"])
             needed[block["nvme_path"]] = needed.get(block["nvme_path"], 0) + 4 * elements * tensors * ranks
     for folder, size in needed.items():
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scale_wsl.checkpoint import index
+from scale_wsl.checkpoint.layout import read_meta
 from scale_wsl.checkpoint.reader import Checkpoint
 from scale_wsl.errors import UserError
 from tests.checkpoint import states
@@ -149,7 +151,7 @@ def test_a_meta_that_means_harm(copy: Path, changes: dict[str, Any], says: str) 
         Checkpoint.open(copy)
 
 
-@pytest.mark.parametrize("name", ["meta.json", "index.json", "vocabulary.json"])
+@pytest.mark.parametrize("name", ["meta.json", "index.json", "vocabulary.json", "tensors/.metadata"])
 def test_every_flipped_bit_of_the_small_files_is_noticed(copy: Path, name: str) -> None:
     text = (copy / name).read_bytes()
     for place in range(0, len(text), max(1, len(text) // 300)):
@@ -194,7 +196,15 @@ def test_nothing_is_unpickled(copy: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("something was unpickled")
 
-    (copy / "tensors" / ".metadata").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    pickled, meta = b"cos\nsystem\n(S'false'\ntR.", read_meta(copy)
+    (copy / "tensors" / ".metadata").write_bytes(pickled)
+    with pytest.raises(UserError, match=r"'tensors/\.metadata' is missing or does not have"):
+        Checkpoint.open(copy)
+    states.rewrite_meta(
+        copy,
+        files=meta.files | {"tensors/.metadata": len(pickled)},
+        hashes=meta.hashes | {"tensors/.metadata": hashlib.sha256(pickled).hexdigest()},
+    )
     for name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load"):
         monkeypatch.setattr(name, refuse)
     Checkpoint.open(copy).verify()

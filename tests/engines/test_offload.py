@@ -125,10 +125,14 @@ def test_a_run_on_disk_saves_and_goes_on(before: str, after: str, tmp_path: Path
 
 
 def test_a_disk_without_room_is_told_before_anything_is_made(tmp_path: Path) -> None:
-    block = {"offload_param": {"device": "nvme", "nvme_path": str(tmp_path / "a")}}
-    block["offload_optimizer"] = {"device": "nvme", "nvme_path": str(tmp_path / "b")}
+    block: dict[str, Any] = {
+        key: {"device": "nvme", "nvme_path": str(tmp_path / key), "pin_memory": False}
+        for key in ("offload_param", "offload_optimizer")
+    }
     require_room(block, 1000, states=1, ranks=2)
-    with pytest.raises(UserError, match=r"b takes 24000000.0 GB for the 2 ranks.*GB left: make room, or set nvme_path"):
+    with pytest.raises(
+        UserError, match=r"optimizer takes 24000000.0 GB for the 2 ranks.*GB left: make room, or set nvme_path"
+    ):
         require_room({"offload_optimizer": block["offload_optimizer"]}, 10**15, states=1, ranks=2)
     (tmp_path / "file").touch()
     block["offload_param"]["nvme_path"] = str(tmp_path / "file" / "below")
