@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from tests.engines import parity
 from tests.ranks import run_ranks
 
 RANKS = 2
-STEPS = 3
+STEPS = 2
 BATCH = 24  # images in a global batch: micro-batches of 12 or 4
 ENGINES = ("ddp", "fsdp", "hsdp", "fairscale", "zero1", "zero2", "zero3", "zero3_offload")
 PRECISIONS = ("fp32", "bf16")
@@ -77,7 +78,7 @@ def cells(engine: str) -> Iterator[Cell]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a combination gave: either why it is refused, or how far it is from the reference after three steps.
+    """What a combination gave: either why it is refused, or how far it is from the reference after two steps.
 
     Attributes:
         refused: the reason.
@@ -191,11 +192,12 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float(difference) if not difference.isnan() else float("inf")
 
 
-def run_engine(engine: str, norms: Sequence[str] = NORMS) -> dict[Cell, Outcome]:
-    """Every combination of an engine with these norms (collective)."""
-    found = {}
-    groups = set()  # that the libraries keep for all their engines
-    for number, cell in enumerate(cell for cell in cells(engine) if cell.norm in norms):
+def run_engine(engine: str, norms: Sequence[str] = NORMS, layouts: Sequence[str] = LAYOUTS) -> dict[Cell, Outcome]:
+    """Every combination of an engine with these norms and layouts (collective)."""
+    found: dict[Cell, Outcome] = {}
+    chosen = [cell for cell in cells(engine) if cell.norm in norms and cell.layout in layouts]
+    groups: set[Any] = set()  # that the libraries keep for all their engines
+    for number, cell in enumerate(chosen):
         found[cell] = run(cell)
         groups = groups or parity.process_groups()
         parity.destroy_other_groups(groups)
@@ -294,35 +296,24 @@ def _swap(trunk: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
         setattr(trunk.get_submodule(module), local, buffer)
 
 
-@cache
 def walk(engine: str) -> dict[Cell, Outcome]:
     """An engine's part of the grid, on two ranks in processes of their own."""
     found: dict[Cell, Outcome] = run_ranks(run_engine, RANKS, engine, timeout=900)[0]
     return found
 
 
-@cache
 def walk_hsdp_on_four() -> dict[Cell, Outcome]:
-    """HSDP's part again, in two groups of two: but for BatchNorm per rank, which is another network on four ranks."""
+    """HSDP's part again, in two groups of two: contiguous alone, and no BatchNorm per rank, another network there."""
     norms = [norm for norm in NORMS if norm != "batch per rank"]
-    found: dict[Cell, Outcome] = run_ranks(run_engine, 4, "hsdp", norms, timeout=900)[0]
+    found: dict[Cell, Outcome] = run_ranks(run_engine, 4, "hsdp", norms, LAYOUTS[:1], timeout=900)[0]
     return found
 
 
 # --- the table ---------------------------------------------------------------------------------------------------
 
 
-def rows(engine: str) -> Iterator[list[str]]:
+def rows(engine: str, found: dict[Cell, Outcome]) -> Iterator[list[str]]:
     """The table's rows: what each of an engine's norms and precisions gave, over the combinations of all else."""
-    return _rows(engine, walk(engine))
-
-
-def rows_on_four() -> Iterator[list[str]]:
-    """The rows of HSDP on four ranks."""
-    return _rows("hsdp 2 x 2", walk_hsdp_on_four())
-
-
-def _rows(engine: str, found: dict[Cell, Outcome]) -> Iterator[list[str]]:
     for precision, norm in itertools.product(PRECISIONS, NORMS):
         of_row = [outcome for cell, outcome in found.items() if (cell.precision, cell.norm) == (precision, norm)]
         if not of_row:
@@ -333,11 +324,19 @@ def _rows(engine: str, found: dict[Cell, Outcome]) -> Iterator[list[str]]:
         yield [engine, precision, norm, f"{passed} of {len(of_row)}", *(f"{value:.1e}" for value in worst)]
 
 
-def table() -> str:
-    """The whole grid as a Markdown table."""
+def walk_all() -> Iterator[list[str]]:
+    """The whole table's rows, and on standard error how long each engine takes."""
+    walks: dict[str, Callable[[], dict[Cell, Outcome]]] = {engine: partial(walk, engine) for engine in ENGINES}
+    for engine, walk_it in (walks | {"hsdp 2 x 2": walk_hsdp_on_four}).items():
+        started = time.perf_counter()
+        yield from rows(engine, walk_it())
+        print(f"{engine}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+def table(lines: Iterable[list[str]]) -> str:
+    """The rows as a Markdown table."""
     head = ["engine", "precision", "norm", "equal", *_DISTANCES]
-    lines = [head, ["---"] * len(head), *(row for engine in ENGINES for row in rows(engine)), *rows_on_four()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)) + "\n"
 
 
 def documented() -> list[list[str]]:
@@ -358,12 +357,6 @@ _DISTANCES = ("loss", "weights", "momentum", "direction", "statistics")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "engines.md"
 
 if __name__ == "__main__":
-    for name in ENGINES:
-        started = time.perf_counter()
-        for row in rows(name):
-            print(*row, sep="\t")
-        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
-    for row in rows_on_four():
-        print(*row, sep="\t")
+    whole = table(walk_all())
     first, _, last = _between_marks(DOCUMENT.read_text(encoding="utf-8"))
-    DOCUMENT.write_text(first + table() + last, encoding="utf-8")
+    DOCUMENT.write_text(first + whole + last, encoding="utf-8")

@@ -10,7 +10,7 @@ from scale_wsl.engines.ds_config import read
 from scale_wsl.training.schedule import OptimConfig
 from tests.engines import parity
 from tests.engines.test_ds_config import SHIPPED, optimizer_of
-from tests.engines.test_offload import has_disk_io, on_disk
+from tests.engines.test_offload import require_disk_io
 from tests.ranks import run_ranks
 
 STEPS = 3
@@ -40,10 +40,8 @@ def test_every_shipped_file_trains_as_ddp_does(tmp_path: Path) -> None:
         assert losses == pytest.approx(expected, rel=1e-5), name
 
 
-@on_disk
 @pytest.mark.slow
 def test_the_shipped_file_for_a_disk_trains_as_ddp_does(tmp_path: Path) -> None:
-    if not run_ranks(has_disk_io, 1)[0]:
-        pytest.skip("DeepSpeed's disk operator needs libaio's headers, g++ and ninja")
+    require_disk_io()
     for name, (losses, expected) in run_ranks(_losses, 2, ON_DISK, tmp_path, timeout=900)[0].items():
         assert losses == pytest.approx(expected, rel=1e-5), name

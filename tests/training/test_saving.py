@@ -26,7 +26,7 @@ from scale_wsl.training import state
 from scale_wsl.training.loop import Trainer
 from tests.checkpoint import states
 from tests.engines import parity
-from tests.engines.test_offload import has_disk_io, on_disk
+from tests.engines.test_offload import require_disk_io
 from tests.ranks import run_ranks
 from tests.training import launching
 
@@ -148,11 +148,9 @@ def _save_a_run_on_disk(argv: list[str]) -> tuple[int, str, list[bool]]:
     return code, printed.getvalue(), asynchronous
 
 
-@on_disk
 @pytest.mark.slow
 def test_what_is_on_disk_is_not_copied_to_memory_to_save_it(emoji_corpus: Path, tmp_path: Path) -> None:
-    if not run_ranks(has_disk_io, 1)[0]:
-        pytest.skip("DeepSpeed's disk operator needs libaio's headers, g++ and ninja")
+    require_disk_io()
     run = tmp_path / "run"
     argv = [*launching.TINY, "--ds_config", "zero3_nvme.json", f"data.train={emoji_corpus}", "tracking.enabled=false"]
     argv += [f"data.validation={emoji_corpus}", f"run.folder={run}", "batch.micro=4", "schedule.length=2 steps"]
