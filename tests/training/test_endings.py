@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -52,10 +53,17 @@ def arguments(corpus: Path, run: Path, *more: str) -> list[str]:
 
 
 def mlflow_status(run: Path) -> str:
-    """As MLflow's own store has it; MLflow itself would have to be imported, and its warnings are errors here."""
+    """As MLflow's own store has it; MLflow itself would have to be imported, and its warnings are errors here.
+
+    A run that has failed does not wait long for what tells MLflow, which may still be at it on a busy machine.
+    """
+    until = time.monotonic() + 120
     with closing(sqlite3.connect(run / "mlflow.db")) as store:
-        ((status,),) = store.execute("select status from runs").fetchall()
-    return str(status)
+        while True:
+            ((status,),) = store.execute("select status from runs").fetchall()
+            if status != "RUNNING" or time.monotonic() > until:
+                return str(status)
+            time.sleep(0.2)
 
 
 @pytest.mark.slow
