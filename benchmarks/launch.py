@@ -23,8 +23,8 @@ def free_port() -> int:
 def on_ranks(function: Callable[..., None], ranks: int, *arguments: Any, threads: int = 1) -> None:
     """Run `function(*arguments)` on each of `ranks` processes, with the environment that a launcher sets.
 
-    Processes of a fork server end without Python's finalisation, in which a gloo thread that has yet to let go of a
-    tensor aborts (seen once in head.py, where DDP keeps the process group's threads alive to the end).
+    Processes of a fork server end without Python's finalisation, in which a rank of head.py has aborted once: it seems
+    by a gloo thread, which DDP keeps alive to the end.
     """
     start_processes(  # type: ignore[no-untyped-call]
         _rank, args=(ranks, free_port(), threads, function, arguments), nprocs=ranks, start_method="forkserver"

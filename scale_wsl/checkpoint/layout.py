@@ -6,7 +6,7 @@
       vocabulary.json     of the head's rows
       tensors/
         __0_0.distcp      the share of rank 0, first file; each rank writes its own
-        .metadata         torch.distributed.checkpoint's own index, for torch's tools: pickled, and never read by us
+        .metadata         torch.distributed.checkpoint's own index, for torch's tools: we never unpickle it
 
 Tensors carry plain names, and engines differ in nothing that is written here:
 
@@ -75,7 +75,7 @@ class Meta:
     engine: str  # who wrote it, for people; any engine reads it
     world_size: int
     recipe: str  # resolved, as YAML
-    files: dict[str, int] = field(default_factory=dict)  # size in bytes of every file that is read, by path
+    files: dict[str, int] = field(default_factory=dict)  # size in bytes of every other file, by path
     hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that have no CRC-32 in the index
     format: int = FORMAT
 

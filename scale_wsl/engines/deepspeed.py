@@ -97,7 +97,7 @@ class DeepSpeedEngine(Engine):
         super().__init__(trunk, settings, world, precision="fp32", channels_last=config.channels_last)
         deepspeed = _import_deepspeed(world)
         zero_block = ds_config["zero_optimization"]
-        if disk_folders(ds_config):
+        if disk_folders(zero_block):
             _require_disk_io()
             held = sum(-(-parameter.numel() // world.size) for parameter in trunk.parameters())
             with agree(world):

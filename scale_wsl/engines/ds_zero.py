@@ -190,12 +190,12 @@ def aio(file: JsonFile, content: dict[str, Any], zero_block: dict[str, Any]) -> 
     block = file.block(content, "aio")
     file.only_keys("aio.", block, _AIO)
     found = file.tuning("aio.", block, _AIO)
-    if found and not disk_folders({"zero_optimization": zero_block}):
+    if found and not disk_folders(zero_block):
         raise UserError(f'{file.origin} sets aio, which does nothing where no device is "nvme"')
     return found
 
 
-def disk_folders(config: dict[str, Any]) -> set[Path]:
-    """The folders, of this run alone, to which a resolved ds_config offloads."""
-    blocks = (config["zero_optimization"].get(key, {}) for key in _OFFLOAD)
+def disk_folders(zero_block: dict[str, Any]) -> set[Path]:
+    """The folders, of this run alone, to which a resolved `zero_optimization` offloads."""
+    blocks = (zero_block.get(key, {}) for key in _OFFLOAD)
     return {Path(block["nvme_path"]) for block in blocks if block.get("device") == "nvme"}

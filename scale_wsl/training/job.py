@@ -20,7 +20,7 @@ from scale_wsl.checkpoint.reader import Checkpoint
 from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.config import EngineConfig
-from scale_wsl.engines.ds_zero import Offloading
+from scale_wsl.engines.ds_zero import Offloading, disk_folders
 from scale_wsl.engines.fairscale import require_fairscale
 from scale_wsl.engines.world import World, agree, same_everywhere
 from scale_wsl.errors import UserError
@@ -96,6 +96,11 @@ class Job:
     def folder(self) -> Path:
         """The run's folder."""
         return self.recipe.folder
+
+    @property
+    def disk_folders(self) -> set[Path]:
+        """The folders, of this run alone, to which DeepSpeed offloads; none where it does not."""
+        return disk_folders(self.deepspeed["zero_optimization"]) if self.deepspeed else set()
 
     def facts(self) -> dict[str, str]:
         """What must be the same on every rank; hosts may see different files."""

@@ -15,7 +15,6 @@ from scale_wsl.checkpoint.layout import VOCABULARY, Meta, newest
 from scale_wsl.checkpoint.reader import Checkpoint
 from scale_wsl.checkpoint.saver import Saver
 from scale_wsl.engines.build import build_engine
-from scale_wsl.engines.ds_zero import disk_folders
 from scale_wsl.engines.world import World
 from scale_wsl.loading.loader import TrainLoader
 from scale_wsl.models.head import ShardedHead, head_mesh
@@ -51,7 +50,7 @@ def run(job: Job, world: World) -> None:
 @contextmanager
 def _offloaded(job: Job, world: World) -> Iterator[None]:
     """Room on each host's disk for what is offloaded there (collective): free of what a killed run left, and freed."""
-    folders = disk_folders(job.deepspeed) if job.deepspeed else set()
+    folders = job.disk_folders
 
     def clear() -> None:
         for folder in folders if world.local_rank == 0 else ():
@@ -103,7 +102,8 @@ class Session:
         self.saver = Saver(
             job.folder / "checkpoints",
             keep=recipe.checkpoint.keep,
-            asynchronous=recipe.checkpoint.asynchronous and not self._on_disk(),
+            # What is on disk is there because memory has no room for it, nor for a copy.
+            asynchronous=recipe.checkpoint.asynchronous and not job.disk_folders,
             device=world.device,
         )
         held = parameter_count(recipe.model) + len(job.train.vocabulary) * (trunk.num_features + recipe.head.bias)
@@ -144,10 +144,6 @@ class Session:
             world=world,
             seed=recipe.run.seed,
         )
-
-    def _on_disk(self) -> bool:
-        """Whether state is offloaded to disk: then memory has no room for a copy of it, and saves are blocking."""
-        return self.job.deepspeed is not None and bool(disk_folders(self.job.deepspeed))
 
     def _head_group(self, features: int) -> int:
         return choose_group_size(
@@ -261,7 +257,7 @@ class Session:
         if job.start:
             lines.append(f"starting from {job.start.checkpoint.path}: {job.start.report.summary()}")
             job.start.write_report(job.folder)
-        if self._on_disk() and recipe.checkpoint.asynchronous:
+        if job.disk_folders and recipe.checkpoint.asynchronous:
             lines.append("state is on disk, and memory holds no copy of it to save: training waits for each checkpoint")
         if job.resume:
             lines.append(f"going on from {job.resume[0]} ({self.trainer.counter.samples:,} images done)")

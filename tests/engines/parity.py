@@ -154,7 +154,8 @@ def make_trainer(
     """A trainer on this rank.
 
     Args:
-        name: of the engine: those of the recipe, hsdp for fsdp in two shard groups, zero2 and so on for DeepSpeed.
+        name: of the engine: those of the recipe, hsdp for fsdp in two shard groups, zero2 and so on for DeepSpeed,
+            with _offload, _nvme (optimizer and parameters) or _parameters (these alone, to the CPU).
         accumulation: micro-batches per step.
         clip: largest gradient norm.
         precision: the recipe's.
