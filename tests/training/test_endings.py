@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -55,15 +55,20 @@ def arguments(corpus: Path, run: Path, *more: str) -> list[str]:
 def mlflow_status(run: Path) -> str:
     """As MLflow's own store has it; MLflow itself would have to be imported, and its warnings are errors here.
 
-    A run that has failed does not wait long for what tells MLflow, which may still be at it on a busy machine.
+    A run that has failed does not wait long for what tells MLflow, which may still be at it on a busy machine: at
+    making the store, the run in it, or that run's end.
     """
     until = time.monotonic() + 120
-    with closing(sqlite3.connect(run / "mlflow.db")) as store:
-        while True:
-            ((status,),) = store.execute("select status from runs").fetchall()
-            if status != "RUNNING" or time.monotonic() > until:
-                return str(status)
-            time.sleep(0.2)
+    while True:
+        statuses: list[str] = []
+        with (
+            suppress(sqlite3.OperationalError),  # no file yet, no table yet, or it is being written
+            closing(sqlite3.connect(f"file:{run / 'mlflow.db'}?mode=ro", uri=True)) as store,
+        ):
+            statuses = [status for (status,) in store.execute("select status from runs")]
+        if (statuses and statuses != ["RUNNING"]) or time.monotonic() > until:
+            return ", ".join(statuses)
+        time.sleep(0.2)
 
 
 @pytest.mark.slow
