@@ -36,7 +36,7 @@ demo: $(INSTALLED)
 	  recipes/pretrain.py --recipe recipes/pretrain/$(CORPUS).yaml --ds_config zero2.json run.folder=$(RUN) $(ARGS)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -196,11 +196,10 @@ def run_engine(engine: str, norms: Sequence[str] = NORMS, layouts: Sequence[str]
     """Every combination of an engine with these norms and layouts (collective)."""
     found: dict[Cell, Outcome] = {}
     chosen = [cell for cell in cells(engine) if cell.norm in norms and cell.layout in layouts]
-    groups: set[Any] = set()  # that the libraries keep for all their engines
+    groups = parity.Groups()
     for number, cell in enumerate(chosen):
         found[cell] = run(cell)
-        groups = groups or parity.process_groups()
-        parity.destroy_other_groups(groups)
+        groups.release(engine)
         if number % 16 == 15:
             gc.collect()  # DeepSpeed's engines and their hooks know each other
     return found

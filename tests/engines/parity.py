@@ -93,15 +93,25 @@ def mesh_of(group_size: int) -> DeviceMesh | None:
     return head_mesh(group_size)
 
 
-def process_groups() -> set[ProcessGroup]:
-    """All that there are on this rank."""
-    return set(distributed_c10d._world.pg_map)
+class Groups:
+    """Process groups on this rank, each of which has threads that poll while it lives."""
 
+    def __init__(self) -> None:
+        self._kept: set[ProcessGroup] = set()
+        self._engines: set[str] = set()
 
-def destroy_other_groups(kept: set[ProcessGroup]) -> None:
-    """Destroy what trainers that are done have left (collective): each group has threads, which poll while it lives."""
-    for group in [group for group in distributed_c10d._world.pg_map if group not in kept]:
-        dist.destroy_process_group(group)
+    def release(self, engine: str) -> None:
+        """Destroy what an engine's trainer, which is done, has made (collective).
+
+        But not what came with an engine's first, which its library may keep for all of its engines.
+        """
+        groups = list(distributed_c10d._world.pg_map)
+        if engine not in self._engines:
+            self._engines.add(engine)
+            self._kept.update(groups)
+        for group in groups:
+            if group not in self._kept:
+                dist.destroy_process_group(group)
 
 
 def global_batch(

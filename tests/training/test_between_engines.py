@@ -65,7 +65,7 @@ def _differing(trainer: Trainer, checkpoint: Checkpoint) -> Iterator[str]:
 
 def _load_each(folder: Path, group: int) -> dict[tuple[str, str], tuple[list[str], list[float]]]:
     """What differs after loading, and the losses of going on; by who saved and who loads."""
-    found = {}
+    found, groups = {}, parity.Groups()
     for before in grid.ENGINES:
         path = layout.find(folder / before)
         checkpoint = Checkpoint.open(path)
@@ -73,6 +73,8 @@ def _load_each(folder: Path, group: int) -> dict[tuple[str, str], tuple[list[str
             trainer = _trainer(after, group, path)
             differing = list(_differing(trainer, checkpoint))
             found[before, after] = (differing, parity.take_steps(trainer, AFTER))
+            del trainer
+            groups.release(after)
         gc.collect()
     return found
 
