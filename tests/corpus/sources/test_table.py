@@ -79,11 +79,16 @@ def test_a_missing_column_is_named(kind: str, tmp_path: Path) -> None:
         read(path)
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-@pytest.mark.parametrize("image", ["../x.png", "a/../../x.png", "link/x.png", "/etc/x.png", "a\0b", ""])
+@pytest.mark.parametrize(
+    ("kind", "image"),
+    [
+        (kind, image)
+        for kind in WRITERS
+        for image in ("../x.png", "a/../../x.png", "link/x.png", "/etc/x.png", "a\0b", "")
+        if (kind, image) != ("csv", "a\0b")  # CSV has no NUL
+    ],
+)
 def test_no_image_outside_the_tables_folder(kind: str, image: str, tmp_path: Path) -> None:
-    if kind == "csv" and "\0" in image:
-        pytest.skip("CSV has no NUL")
     inside = tmp_path / "inside"
     inside.mkdir()
     (inside / "link").symlink_to(tmp_path)
