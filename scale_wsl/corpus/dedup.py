@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scale_wsl.corpus.images import SIDE
 from scale_wsl.randomness import derived_seed
 
-__all__ = ["NEAR", "clusters", "split"]
+__all__ = ["NEAR", "Near", "clusters", "split"]
 
 NEAR = 0.97
 """The correlation from which on two thumbnails are near-identical."""
@@ -35,6 +35,7 @@ shows on nearly empty images is noise, which must not tell them apart, so they a
 
 _LEAF = 1024  # rows of a leaf of the search tree: a block of distances takes 4 MB
 _PREFIX = 32  # coordinates that rule out most pairs
+_RADIUS = np.float32(2 * (1 - NEAR) + 1e-6)  # squared; 1e-6: rounding must not lose a pair on the border
 _DENSE = 1 << 15  # pairs left of a block from which on one product of all coordinates is cheaper than pair by pair
 
 
@@ -95,6 +96,38 @@ def split(cluster: NDArray[np.int64], keys: Sequence[str], share: float, seed: i
     if not validation.any() and len(drawn) > 1:
         validation[min(drawn, key=len)] = True
     return validation
+
+
+class Near:
+    """Says which of a stream of images are near-identical to any of a fixed set, by the same rule, exactly.
+
+    Holds 2 kB for each image of the set, and 4 bytes for each of them and image that is asked about at a time.
+
+    Args:
+        thumbnails: `[M, SIDE, SIDE]`, the set.
+    """
+
+    def __init__(self, thumbnails: NDArray[np.uint8]) -> None:
+        vectors = _spectrum(np.unique(thumbnails, axis=0))
+        self._vectors = np.concatenate([vectors, vectors * _mirror_signs()])
+
+    def any_near(self, thumbnails: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Whether each of `thumbnails` `[N, SIDE, SIDE]` is near any of the set: `[N]`."""
+        near = np.zeros(len(thumbnails), np.bool_)
+        if not len(self._vectors):
+            return near
+        vectors = _spectrum(thumbnails)
+        for start in range(0, len(vectors), _LEAF):
+            some = vectors[start : start + _LEAF]
+            for other in range(0, len(self._vectors), 8 * _LEAF):
+                part = self._vectors[other : other + 8 * _LEAF]
+                rows, columns = np.nonzero(_squared_distances(some[:, :_PREFIX], part[:, :_PREFIX]) <= _RADIUS)
+                if len(rows) > _DENSE:
+                    near[start : start + len(some)] |= (_squared_distances(some, part) <= _RADIUS).any(1)
+                else:
+                    close = ((some[rows] - part[columns]) ** 2).sum(1) <= _RADIUS
+                    near[start + rows[close]] = True
+        return near
 
 
 class _Forest:
@@ -164,7 +197,6 @@ def _near_blocks(vectors: NDArray[np.float32]) -> Iterator[tuple[NDArray[np.int6
     apart than the radius hold no near pair; of the others, the low frequencies alone rule out most pairs, for a
     distance in some coordinates never exceeds the distance in all.
     """
-    squared = np.float32(2 * (1 - NEAR) + 1e-6)  # 1e-6: rounding must not lose a pair on the border
     leaves = list(_leaves(vectors[:, :_PREFIX], np.arange(len(vectors))))
     low = np.stack([vectors[leaf, :_PREFIX].min(0) for leaf in leaves])
     high = np.stack([vectors[leaf, :_PREFIX].max(0) for leaf in leaves])
@@ -174,15 +206,15 @@ def _near_blocks(vectors: NDArray[np.float32]) -> Iterator[tuple[NDArray[np.int6
         for number, leaf in enumerate(leaves):
             a = vectors[leaf] * signs
             gap = np.maximum(0, np.maximum(low - flipped_high[number], flipped_low[number] - high))
-            for other in np.flatnonzero((gap**2).sum(1) <= squared):
+            for other in np.flatnonzero((gap**2).sum(1) <= _RADIUS):
                 if other < number:  # each pair of leaves once: being near is mutual, also mirrored
                     continue
                 b = vectors[leaves[other]]
-                rows, columns = np.nonzero(_squared_distances(a[:, :_PREFIX], b[:, :_PREFIX]) <= squared)
+                rows, columns = np.nonzero(_squared_distances(a[:, :_PREFIX], b[:, :_PREFIX]) <= _RADIUS)
                 if len(rows) > _DENSE:
-                    rows, columns = np.nonzero(_squared_distances(a, b) <= squared)
+                    rows, columns = np.nonzero(_squared_distances(a, b) <= _RADIUS)
                 else:
-                    near = ((a[rows] - b[columns]) ** 2).sum(1) <= squared
+                    near = ((a[rows] - b[columns]) ** 2).sum(1) <= _RADIUS
                     rows, columns = rows[near], columns[near]
                 yield leaf[rows], leaves[other][columns]
 

@@ -1,7 +1,6 @@
 """Labelled images on disk: tar shards in WebDataset's layout, an index beside each, and a manifest over all.
 
-Must never re-encode an image, never believe a folder before its sizes, hashes and bounds are checked, and never write
-anything that depends on when or where it is written: equal contents give equal bytes.
+Must never believe a folder before its sizes, hashes and bounds are checked. `writing` makes what is read here.
 
 A data set is a folder:
 
@@ -14,16 +13,13 @@ A data set is a folder:
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import tarfile
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,113 +28,24 @@ from scale_wsl.corpus.naming import ROLES, DatasetName
 from scale_wsl.errors import UserError
 from scale_wsl.hashtags import Vocabulary
 
-__all__ = ["Dataset", "ShardWriter", "find_dataset"]
+__all__ = ["FORMAT", "HEADER", "VERSION", "Dataset", "file_entry", "find_dataset", "index_schema"]
 
 FORMAT = "scale_wsl data set"
 VERSION = 1
-_HEADER = 512  # bytes of a tar member's header
+HEADER = 512  # bytes of a tar member's header
 _MOST_HANDLES = 64  # shards that a process holds open at a time
 _LARGEST_MANIFEST = 1 << 30  # bytes
 
 
-class ShardWriter:
-    """Writes a data set into a folder that is there and empty; `close` completes it, and it is none before.
-
-    Args:
-        folder: Where to.
-        vocabulary: What the labels mean.
-        records_per_shard: Images in each shard but the last.
-    """
-
-    def __init__(self, folder: Path, vocabulary: Vocabulary, *, records_per_shard: int) -> None:
-        self.folder = folder
-        self.vocabulary = vocabulary
-        self.records_per_shard = records_per_shard
-        self._shards: list[dict[str, Any]] = []
-        self._labels_per_image: Counter[int] = Counter()
-        self._rows: list[tuple[str, str, int, int, list[int]]] = []
-        self._tar: tarfile.TarFile | None = None
-
-    def add(self, key: str, extension: str, image: bytes, hashtags: Sequence[str], labels: NDArray[np.int32]) -> None:
-        """Append an image: its file as it is, the hashtags as typed, and its labels, ascending."""
-        if self._tar is None:
-            self._tar = tarfile.open(self._path("tar"), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        ids = labels.tolist()
-        names = [self.vocabulary.entries[label].hashtag for label in ids]
-        facts = {"hashtags": list(hashtags), "labels": ids, "label_names": names}
-        offset = self._add_member(f"{key}.{extension}", image)
-        self._add_member(f"{key}.json", json.dumps(facts, ensure_ascii=False).encode("utf-8", "replace"))
-        self._rows.append((key, extension, offset, len(image), ids))
-        self._labels_per_image[len(ids)] += 1
-        if len(self._rows) == self.records_per_shard:
-            self._end_shard()
-
-    def close(self, role: str, source: str, facts: Mapping[str, Any]) -> DatasetName:
-        """Write the vocabulary and the manifest, which takes in `facts` (licence, arguments: nothing that varies)."""
-        if self._rows:
-            self._end_shard()
-        self.vocabulary.save(self.folder / "vocabulary.json")
-        images = sum(shard["records"] for shard in self._shards)
-        name = DatasetName(role, source, images, len(self.vocabulary))
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "name": str(name),
-            "role": role,
-            "source": source,
-            "images": images,
-            "labels": len(self.vocabulary),
-            "labels_per_image": {str(k): self._labels_per_image[k] for k in sorted(self._labels_per_image)},
-            "vocabulary_hash": self.vocabulary.hash,
-            "vocabulary": _file_entry(self.folder / "vocabulary.json"),
-            **facts,
-            "shards": self._shards,
-        }
-        text = json.dumps(manifest, ensure_ascii=False, indent=1)
-        (self.folder / "manifest.json").write_text(text + "\n", "utf-8")
-        return name
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._tar is not None:
-            self._tar.close()
-
-    def _path(self, suffix: str) -> Path:
-        return self.folder / f"{len(self._shards):06d}.{suffix}"
-
-    def _add_member(self, name: str, content: bytes) -> int:
-        """Append a file with nothing of its origin; returns where its contents start."""
-        assert self._tar is not None
-        member = tarfile.TarInfo(name)  # time 0, owner 0 without a name, mode 0644
-        member.size = len(content)
-        offset = self._tar.offset + _HEADER
-        self._tar.addfile(member, io.BytesIO(content))
-        return offset
-
-    def _end_shard(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        assert self._tar is not None
-        self._tar.close()
-        self._tar = None
-        table = pa.table([list(column) for column in zip(*self._rows, strict=True)], schema=_index_schema())
-        pq.write_table(table, self._path("parquet"), compression="zstd")
-        files = {"tar": _file_entry(self._path("tar")), "index": _file_entry(self._path("parquet"))}
-        self._shards.append({"records": len(self._rows), **files})
-        self._rows = []
-
-
-def _index_schema() -> Any:
+def index_schema() -> Any:
+    """The columns of a shard's index."""
     import pyarrow as pa
 
     columns = {"key": pa.string(), "extension": pa.string(), "offset": pa.int64(), "length": pa.int64()}
     return pa.schema([*columns.items(), ("labels", pa.list_(pa.int32()))])
 
 
-def _file_entry(path: Path) -> dict[str, Any]:
+def file_entry(path: Path) -> dict[str, Any]:
     """A file's name, size in bytes and SHA-256, as a manifest holds them."""
     with open(path, "rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
@@ -239,7 +146,7 @@ class Dataset:
         shards = self.manifest["shards"]
         for entry in (self.manifest["vocabulary"], *(shard[kind] for shard in shards for kind in ("tar", "index"))):
             _check_size(self.folder, entry)
-            if _file_entry(self.folder / entry["file"])["sha256"] != entry["sha256"]:
+            if file_entry(self.folder / entry["file"])["sha256"] != entry["sha256"]:
                 raise UserError(f"{self.folder / entry['file']} is damaged: its SHA-256 is not the manifest's")
 
     def close(self) -> None:
@@ -370,7 +277,7 @@ def _read_index(folder: Path, shard: Mapping[str, Any], labels: int) -> tuple[ND
         with pq.ParquetFile(path, memory_map=False) as file:
             # Before anything is unpacked: a small file may claim any number of rows.
             rows = file.metadata.num_rows
-            if file.schema_arrow.remove_metadata() != _index_schema() or rows != shard["records"]:
+            if file.schema_arrow.remove_metadata() != index_schema() or rows != shard["records"]:
                 raise UserError(f"{path} is no index of this data set: it has other columns or another number of rows")
             table = file.read(use_threads=False)
     except (OSError, pa.ArrowException) as error:
@@ -392,7 +299,7 @@ def _read_index(folder: Path, shard: Mapping[str, Any], labels: int) -> tuple[ND
         and rising.all()
         and flat.min() >= 0
         and flat.max() < labels
-        and offset.min() >= _HEADER
+        and offset.min() >= HEADER
         and length.min() >= 0
         and max(offset.max(), length.max()) <= shard["tar"]["bytes"]  # each, or their sum could overflow
         and (offset + length).max() <= shard["tar"]["bytes"]

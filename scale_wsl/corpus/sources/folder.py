@@ -13,10 +13,10 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from scale_wsl.corpus.naming import DatasetName
-from scale_wsl.corpus.posts import Post, key_of, split_hashtags
+from scale_wsl.corpus.posts import Post, PostSource, key_of, split_hashtags
 from scale_wsl.errors import UserError
 from scale_wsl.recipe import setting
 
@@ -27,7 +27,7 @@ _LARGEST_SIDECAR = 1 << 20  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderSource:
+class FolderSource(PostSource):
     """Every image below a folder.
 
     The hashtags of `a/b/cat.jpg` are those of `a/b/cat.txt` (separated by white space, commas or semicolons; # is
@@ -66,7 +66,7 @@ class FolderSource:
         """As many as there are images."""
         return sum(1 for _ in self._images())
 
-    def posts(self) -> Iterator[Post]:
+    def posts(self, split: Any = None) -> Iterator[Post]:
         """Every image, by path."""
         for image, sidecars in self._images():
             inside = image.relative_to(self.path)

@@ -19,12 +19,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self
 from xml.parsers import expat
 
 from tqdm import tqdm
 
-from scale_wsl.corpus.posts import Post, key_of
+from scale_wsl.corpus.posts import Post, PostSource, key_of
 from scale_wsl.errors import UserError
 from scale_wsl.files import published_folder
 from scale_wsl.hashtags.wordnet import cache_folder
@@ -45,7 +45,7 @@ _LONGEST_ENTITY = 200  # characters; six drawings declare namespaces this way
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenclipartSource:
+class OpenclipartSource(PostSource):
     """8,121 drawings, 6,900 of them distinct files, with 4 tags each in their SVG's dc:subject."""
 
     debs: str | None = setting(
@@ -69,7 +69,7 @@ class OpenclipartSource:
         """As many as release 0.18 has."""
         return 8121
 
-    def posts(self) -> Iterator[Post]:
+    def posts(self, split: Any = None) -> Iterator[Post]:
         """Every PNG with the tags of the SVG of the same name, in the order of the package.
 
         A link to a PNG is a post of its own: Debian links equal files, whose SVGs may well have other tags.

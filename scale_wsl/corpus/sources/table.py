@@ -1,46 +1,50 @@
-"""A table of the user's own posts: CSV, JSON lines or Parquet, a row an image.
+"""The user's own posts as a table: CSV, JSON lines or Parquet, a row an image, in one file or in any number of them.
 
 Must never read an image outside the table's folder unless the user allows it, and never hold more than a few rows.
 """
 
 from __future__ import annotations
 
-import csv
-import functools
 import hashlib
-import json
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scale_wsl.corpus.naming import DatasetName
-from scale_wsl.corpus.posts import Post, split_hashtags
+from scale_wsl.corpus.posts import Batch, Reject, Source, key_of, posts_schema, split_hashtags
+from scale_wsl.corpus.sources.files import find_files, is_remote
+from scale_wsl.corpus.sources.rows import READERS, Rows, TableSplit, open_parquet, parquet_splits, unreadable
 from scale_wsl.errors import UserError
+from scale_wsl.hashtags.captions import find_hashtags_in
 from scale_wsl.recipe import setting
 
 __all__ = ["SUFFIXES", "TableSource"]
 
-_LONGEST_LINE = 64 << 20  # characters of a line of JSON, or a row of CSV
-_ROWS_AT_ONCE = 64  # of a Parquet file, whose rows may hold whole images
-_HASHTAG = re.compile(r"[#＃]([^\s#＃,;]+)")
+SUFFIXES = tuple(READERS)
+"""How the name of a table file ends."""
+
+_LONGEST_TEXT = 1 << 20  # characters of a post's hashtags or caption
+_HASHED = 1 << 30  # bytes of a table up to which the fingerprint is of its contents
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableSource:
-    """A post for each row of a table; a Parquet column may hold the image files' bytes instead of their paths.
+class TableSource(Source):
+    """A post for each row of a table: a .csv, .jsonl or .parquet file, a folder of them, a pattern, or such an address
+    in an object store (s3://, gs://, abfss://). A Parquet column may hold the images' bytes instead of their paths.
 
     Hashtags are a list of texts, or one text: with a # in it, a caption of which the #hashtags are read; without one,
-    hashtags separated by white space, commas or semicolons.
+    hashtags separated by white space, commas or semicolons. Of a `caption`, only the #hashtags are read.
     """
 
-    path: str = setting("", "The table: a .csv, .jsonl or .parquet file.")
+    path: str = setting("", "The table: a file, a folder, a pattern such as 'posts/*.parquet', or an address of one.")
     image: str = setting("image", "Column of the image: a path relative to `root`, or in Parquet the file's bytes.")
     hashtags: str = setting("hashtags", "Column of the hashtags.")
+    caption: str | None = setting(None, "Column of captions, whose #hashtags are read instead of `hashtags`.")
+    key: str | None = setting(None, "Column that names each post, unique; null: the number of the row.")
     group: str | None = setting(None, "Column whose equal values mark variants that must not be split; null: none.")
-    root: str | None = setting(None, "Folder that image paths start from; null: the table's own.")
+    root: str | None = setting(None, "Folder or address that image paths start from; null: the table's own folder.")
     anywhere: bool = setting(False, "Allow absolute image paths, and such as leave `root`.")
     name: str = setting("table", "The source's part of the data sets' names.")
     licence: str = setting("unknown", "Licence of the images and hashtags, for the manifest.")
@@ -53,166 +57,302 @@ class TableSource:
         DatasetName("train", self.name, 0, 0)
         if not self.path:
             raise UserError("a table source needs its path: path=FILE")
-        if not os.path.isfile(self.path):  # unlike Path's, no error where a folder may not be searched
-            raise UserError(f"the table {self.path} is not there, or is no file")
-        if Path(self.path).suffix.lower() not in SUFFIXES:
-            raise UserError(f"the table {self.path} is of no known kind: its name must end in {', '.join(SUFFIXES)}")
-        if not os.path.isdir(self._root):
+        find_files(self.path, SUFFIXES)
+        if not is_remote(self._root) and not os.path.isdir(self._root):
             raise UserError(f"the folder of the images, {self._root}, is not there")
 
     @property
-    def _root(self) -> Path:
-        return Path(self.path).parent if self.root is None else Path(self.root)
+    def tags(self) -> str:
+        """The column that hashtags are read from."""
+        return self.hashtags if self.caption is None else self.caption
+
+    @property
+    def _root(self) -> str:
+        if self.root is not None:
+            return self.root
+        if is_remote(self.path) or os.path.isdir(self.path):
+            return self.path
+        folder = self.path
+        while True:  # of a pattern, the last folder that is no pattern itself
+            folder = os.path.dirname(folder)
+            if not any(sign in folder for sign in "*?[") or os.path.isdir(folder):
+                return folder or "."
 
     def fingerprint(self) -> Mapping[str, object]:
-        """The table's contents and the options. The image files themselves are not looked at: there may be billions."""
-        try:
-            with open(self.path, "rb") as handle:
-                digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        except OSError as error:
-            raise _unreadable(self.path, error) from None
-        columns = {"image": self.image, "hashtags": self.hashtags, "group": self.group}
-        return {"sha256": digest, **columns, "root": str(self._root.resolve()), "anywhere": self.anywhere}
+        """The files' contents (up to 1 GiB in all; beyond, or in an object store, their sizes and times of change), and
+        the options. The image files themselves are not looked at: there may be billions."""
+        files = find_files(self.path, SUFFIXES)
+        whole = not is_remote(self.path) and sum(file.size for file in files) <= _HASHED
+        digest = hashlib.sha256()
+        for file in files:
+            facts = _sha256(file.path) if whole else f"{os.path.basename(file.path)} {file.size} {file.changed}"
+            digest.update(f"{facts}\n".encode("utf-8", "surrogateescape"))
+        columns = {key: getattr(self, key) for key in ("image", "hashtags", "caption", "key", "group")}
+        root = self._root if is_remote(self._root) else str(Path(self._root).resolve())
+        return {"sha256": digest.hexdigest(), **columns, "root": root, "anywhere": self.anywhere}
 
     def count(self) -> int | None:
         """Known for Parquet alone."""
-        if Path(self.path).suffix.lower() != ".parquet":
+        files = find_files(self.path, SUFFIXES)
+        if any(file.suffix != ".parquet" for file in files):
             return None
-        return int(_open_parquet(self.path).metadata.num_rows)
+        total = 0
+        for number, file in enumerate(files):
+            with open_parquet(TableSplit(self.path, file.path, number, 0)) as opened:
+                total += opened.metadata.num_rows
+        return total
 
-    def posts(self) -> Iterator[Post]:
-        """Every row, in order; the key is the row's number."""
-        columns = [self.image, self.hashtags, *([] if self.group is None else [self.group])]
-        rows = SUFFIXES[Path(self.path).suffix.lower()](self.path, columns)
-        empty = True
-        for number, row in enumerate(rows, 1):
-            empty = False
-            at = f"row {number} of {self.path}"
-            group = None if self.group is None or row[self.group] is None else str(row[self.group])
-            hashtags = _parse_hashtags(row[self.hashtags], self.hashtags, at)
-            yield Post(f"{number:09d}", self._image(row[self.image], at), hashtags, group)
-        if empty:
-            raise UserError(f"the table {self.path} has no rows")
+    def splits(self) -> Sequence[TableSplit]:
+        """A file each; of Parquet, about 262,144 rows."""
+        parts: list[TableSplit] = []
+        for number, file in enumerate(find_files(self.path, SUFFIXES)):
+            whole = TableSplit(self.path, file.path, number, 0)
+            parts += parquet_splits(whole) if file.suffix == ".parquet" else [whole]
+        return parts
 
-    def _image(self, value: Any, at: str) -> Path | Callable[[], bytes]:
+    def read(self, split: TableSplit, *, images: bool) -> Iterator[Batch]:
+        """Every row, in order."""
+        posts = _Posts(self, images)
+        for rows in self._rows(split, images):
+            yield posts.batch(split, rows)[0]
+
+    def references(self, split: TableSplit) -> Iterator[tuple[Batch, list[str | None]]]:
+        """Every row, with what the column of the image says, which is not looked at: a path or a URL."""
+        posts = _Posts(self, images=False)
+        for rows in self._rows(split, images=True):
+            batch, kept = posts.batch(split, rows)
+            cells = _cells(rows.columns[self.image])
+            yield batch, [_reference(cells[i]) for i in kept]
+
+    def _rows(self, split: TableSplit, images: bool) -> Iterator[Rows]:
+        named = [column for column in (self.key, self.group) if column is not None]
+        columns = [self.tags, *named, *[self.image] * images]
+        suffix = os.path.splitext(split.path)[1].lower()
+        yield from READERS[suffix](split, list(dict.fromkeys(columns)), images)
+
+
+class _Posts:
+    """Turns rows into posts."""
+
+    def __init__(self, source: TableSource, images: bool) -> None:
+        self.source = source
+        self.images = images
+        self.one_file = len(find_files(source.path, SUFFIXES)) == 1
+        self.root = source._root
+        self.real_root = "" if is_remote(self.root) else os.path.realpath(self.root)
+
+    def batch(self, split: TableSplit, rows: Rows) -> tuple[Batch, list[int]]:
+        """The posts of some rows, and which of the rows they are."""
+        import pyarrow as pa
+
+        source = self.source
+        keys = self._keys(split, rows)
+        tags = _Tags(rows.columns[source.tags], source.caption is not None)
+        bad = dict(tags.bad)
+        places: list[tuple[str, bytes]] = [("", b"")] * len(keys)
+        for i, cell in enumerate(_cells(rows.columns[source.image]) if self.images else ()):
+            if i not in bad:
+                place = self._place(cell)
+                if isinstance(place, str):
+                    bad[i] = place
+                else:
+                    places[i] = place
+        keep = [i for i in range(len(keys)) if i not in bad]
+        groups = None if source.group is None else _cells(rows.columns[source.group])
+        columns = [
+            pa.array([keys[i] for i in keep], pa.string()),
+            tags.lists if len(keep) == len(keys) else tags.lists.take(pa.array(keep, pa.int64())),
+            pa.array([_group(groups[i]) if groups else None for i in keep], pa.string()),
+        ]
+        if self.images:
+            unknown = pa.nulls(len(keep), pa.int64())  # all of the file
+            kinds = [[places[i][1] if places[i][0] == kind else None for i in keep] for kind in ("path", "data")]
+            columns += [pa.array(kinds[0], pa.binary()), unknown, unknown, pa.array(kinds[1], pa.large_binary())]
+        reasons = [(keys[i], *reason.partition(": ")[::2]) for i, reason in sorted(bad.items())]
+        rejects = [*rows.rejects, *(Reject(*reason) for reason in reasons)]
+        return Batch(pa.RecordBatch.from_arrays(columns, schema=posts_schema(images=self.images)), rejects), keep
+
+    def _keys(self, split: TableSplit, rows: Rows) -> list[str]:
+        if self.source.key is not None:
+            cells = _cells(rows.columns[self.source.key])
+            return [key_of("" if cell is None else _whole(str(cell))) for cell in cells]
+        before = "" if self.one_file else f"{split.file:05d}_"
+        return [f"{before}{number:09d}" for number in rows.numbers]
+
+    def _place(self, value: Any) -> tuple[str, bytes] | str:
+        """("path" or "data", it), or why there is none."""
         if isinstance(value, dict):  # as the `datasets` library stores images
             value = content if isinstance(content := value.get("bytes"), bytes) else value.get("path")
+        if isinstance(value, _NotText):
+            return "not UTF-8"
         if isinstance(value, bytes):
-            return functools.partial(bytes, value)
+            return "data", value
         if not isinstance(value, str) or not value or "\0" in value or not _is_path(value):
-            raise UserError(f"the column {self.image} in {at} is no path of an image")
-        path = self._root / value
-        if not self.anywhere:
-            if Path(value).is_absolute():
-                raise UserError(f"the image path {value} in {at} is absolute, which needs anywhere=true")
-            if not path.resolve().is_relative_to(self._root.resolve()):
-                raise UserError(f"the image path {value} in {at} leads out of {self._root}, which needs anywhere=true")
-        return path
+            return f"no image: {_brief(value)}"
+        if value.startswith(("http://", "https://")):
+            return "image by URL, which scale-wsl download fetches"
+        if is_remote(value) or is_remote(self.root):
+            return self._address(value)
+        path = os.path.join(self.root, value)
+        if not self.source.anywhere:
+            if os.path.isabs(value):
+                return f"absolute image path, which needs anywhere=true: {_brief(value)}"
+            if not os.path.realpath(path).startswith(os.path.join(self.real_root, "")):
+                return f"image path that leads out of its folder, which needs anywhere=true: {_brief(value)}"
+        return "path", os.fsencode(path)
+
+    def _address(self, value: str) -> tuple[str, bytes] | str:
+        address = value if is_remote(value) else f"{self.root.partition('?')[0].rstrip('/')}/{value}"
+        inside = f"{self.root.partition('?')[0].rstrip('/')}/"
+        if not self.source.anywhere and (not address.startswith(inside) or ".." in address.split("/")):
+            return f"image path that leads out of its folder, which needs anywhere=true: {_brief(value)}"
+        options = self.root.partition("?")[2]
+        return "path", (f"{address}?{options}" if options and "?" not in address else address).encode()
+
+
+class _Tags:
+    """A column of hashtags as a list array, and which of its cells are none."""
+
+    def __init__(self, column: Any, is_caption: bool) -> None:
+        import pyarrow as pa
+
+        self.bad: dict[int, str] = {}
+        strings = pa.list_(pa.string())
+        if isinstance(column, pa.Array) and _is_list_of_text(column.type) and not is_caption:
+            lists = column.cast(strings)
+            if _is_utf8(lists.flatten()):
+                self.lists = lists
+                return
+        self.lists = pa.array(self._parsed(_cells(column), is_caption), strings)
+
+    def _parsed(self, cells: Sequence[Any], is_caption: bool) -> list[tuple[str, ...]]:
+        found: list[tuple[str, ...]] = [()] * len(cells)
+        captions: list[int] = []
+        for i, cell in enumerate(cells):
+            if cell is None:
+                continue
+            if isinstance(cell, _NotText):
+                self.bad[i] = "not UTF-8"
+            elif isinstance(cell, str):
+                if len(cell) > _LONGEST_TEXT:
+                    self.bad[i] = f"text too long: {len(cell):,} characters, where {_LONGEST_TEXT:,} are allowed"
+                elif is_caption or "#" in cell or "＃" in cell:
+                    captions.append(i)
+                else:
+                    found[i] = tuple(map(_whole, split_hashtags(cell)))
+            elif not is_caption and isinstance(cell, list) and all(isinstance(tag, str) for tag in cell):
+                found[i] = tuple(map(_whole, cell))
+            else:
+                self.bad[i] = f"no hashtags: {_brief(cell)}"
+        tags, offsets = find_hashtags_in([cells[i] for i in captions])
+        for number, i in enumerate(captions):
+            found[i] = tuple(map(_whole, tags[offsets[number] : offsets[number + 1]]))
+        return found
+
+
+def _is_list_of_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    inner = kind.value_type
+    if pa.types.is_dictionary(inner):
+        inner = inner.value_type
+    return bool(pa.types.is_string(inner) or pa.types.is_large_string(inner))
+
+
+def _is_utf8(values: Any) -> bool:
+    """Whether all are: Parquet's word for it is not checked when it is read."""
+    import pyarrow as pa
+
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _cells(column: Any) -> Sequence[Any]:
+    """A column as Python values; `_NotText` where a text is not UTF-8."""
+    if isinstance(column, list):
+        return column
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        if _is_utf8(column):
+            return list(column.to_pylist())
+        wide = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
+        return [_decoded(cell) for cell in column.view(wide).to_pylist()]
+    if _is_list_of_text(column.type):
+        values = _cells(column.flatten())
+        lengths = column.value_lengths().to_pylist()
+        cells: list[Any] = []
+        start = 0
+        for length in lengths:
+            part = None if length is None else list(values[start : start + length])
+            # One tag that is no text spoils the list: nobody knows what else was damaged.
+            cells.append(_NotText() if part and any(isinstance(tag, _NotText) for tag in part) else part)
+            start += length or 0
+        return cells
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:  # inside a struct
+        return [_value(cell) for cell in column]
+
+
+def _value(cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return None
+
+
+class _NotText:
+    """Stands for a text that is not UTF-8."""
+
+
+def _decoded(cell: bytes | None) -> str | _NotText | None:
+    try:
+        return None if cell is None else cell.decode()
+    except UnicodeDecodeError:
+        return _NotText()
+
+
+def _group(cell: Any) -> str | None:
+    return None if cell is None else _whole(str(cell))
+
+
+def _whole(tag: str) -> str:
+    return tag.encode("utf-8", "replace").decode()  # half of a surrogate pair, as JSON may hold
+
+
+def _reference(cell: Any) -> str | None:
+    if isinstance(cell, dict):
+        cell = cell.get("path")
+    return _whole(cell) if isinstance(cell, str) else None
 
 
 def _is_path(text: str) -> bool:
     try:
         os.fsencode(text)
-    except UnicodeEncodeError:  # half of a surrogate pair, as JSON may hold
+    except UnicodeEncodeError:  # half of a surrogate pair
         return False
     return True
 
 
-def _parse_hashtags(value: Any, column: str, at: str) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        if "#" in value or "＃" in value:
-            return tuple(_HASHTAG.findall(value))
-        return split_hashtags(value)
-    if isinstance(value, list) and all(isinstance(tag, str) for tag in value):
-        return tuple(value)
-    raise UserError(f"the column {column} in {at} is neither a text nor a list of texts")
-
-
-_Rows = Iterator[Mapping[str, Any]]
-
-
-def _csv_rows(path: str, columns: list[str]) -> _Rows:
+def _brief(value: Any) -> str:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as handle:
-            taken = 0  # characters of the row that is being read
-
-            def lines() -> Iterator[str]:
-                nonlocal taken
-                while line := handle.readline(_LONGEST_LINE):
-                    taken += len(line)
-                    if taken >= _LONGEST_LINE:
-                        raise csv.Error(f"a row is longer than {_LONGEST_LINE:,} characters")
-                    yield line
-
-            reader = csv.DictReader(lines(), strict=True)
-            _check_columns(path, columns, reader.fieldnames or ())
-            taken = 0
-            for row in reader:
-                taken = 0
-                yield row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _unreadable(path, error) from None
+        text = repr(value)
+    except ValueError:
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _json_rows(path: str, columns: list[str]) -> _Rows:
+def _sha256(path: str) -> str:
     try:
-        with open(path, encoding="utf-8-sig") as handle:
-            number = 0
-            while line := handle.readline(_LONGEST_LINE):
-                number += 1
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                if not isinstance(row, dict):
-                    raise UserError(f"line {number} of {path} is no JSON object")
-                _check_columns(f"line {number} of {path}", columns, row)
-                yield row
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from None
-
-
-def _parquet_rows(path: str, columns: list[str]) -> _Rows:
-    import pyarrow
-
-    file = _open_parquet(path)
-    _check_columns(path, columns, file.schema_arrow.names)
-    try:
-        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
-            yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise _unreadable(path, error) from None
-
-
-SUFFIXES: dict[str, Callable[[str, list[str]], _Rows]] = {
-    ".csv": _csv_rows,
-    ".jsonl": _json_rows,
-    ".parquet": _parquet_rows,
-}
-"""How the rows of each kind of table are read."""
-
-
-def _open_parquet(path: str) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        # Buffered, or a column's whole part of a row group would be read at once.
-        return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise _unreadable(path, error) from None
-
-
-def _check_columns(where: str, wanted: list[str], present: Any) -> None:
-    for column in wanted:
-        if column not in present:
-            found = ", ".join(map(str, present)) or "none"
-            raise UserError(f"{where} has no column {column!r} (found: {found})")
-
-
-def _unreadable(path: str, error: Exception) -> UserError:
-    return UserError(f"cannot read the table {path}: {' '.join(str(error).split())[:200]}")
+        with open(path, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from None
