@@ -53,11 +53,12 @@ def draw_epochs(epochs: Sequence[ExpectedEpoch], title: str, paths: Iterable[Pat
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     for path in (paths := list(paths)):
         check_format(path)
-    figure = Figure(figsize=(11.0, 4.8), dpi=_DPI, facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # inches
+    figure = Figure(figsize=(11.0, 4.8), dpi=_DPI, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.008, ha="left", color=_TEXT, fontsize=12.5, fontweight="bold", parse_math=False)
     images, share = figure.subplots(1, 2)
@@ -120,12 +121,9 @@ def _count(value: float) -> str:
 
 
 def _label(epoch: ExpectedEpoch) -> str:
-    if epoch.threshold is None:
-        return f"natural: {epoch.length:,.0f} images, Gini {epoch.gini:.2f}"
-    return (
-        f"{epoch.mode}, t = {epoch.threshold:.3g}: {epoch.length:,.0f} images "
-        f"({epoch.length / epoch.images:.2f}×), Gini {epoch.gini:.2f}"
-    )
+    rule = epoch.mode if epoch.threshold is None else f"{epoch.mode}, t = {epoch.threshold:.3g}"
+    times = "" if epoch.threshold is None else f" ({epoch.length / epoch.images:.2f}×)"
+    return f"{rule}: {_count(epoch.length)} images{times}, Gini {epoch.gini:.2f}"
 
 
 def _draw_threshold(axes: Any, epochs: Sequence[ExpectedEpoch]) -> None:

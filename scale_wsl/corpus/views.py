@@ -305,8 +305,8 @@ def _replaced(
         image = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
         draws = mixed(images[first : first + _BLOCK][image] ^ hashtags[old])
         noisy = uniform(draws) < probability
-        # uniform is below 1, but its product with the sum may be rounded to the sum
-        picked = np.minimum(uniform(mixed(draws[noisy])) * ends[-1], ends[-1] - 1).astype(np.int64)
+        # A draw is at most 1 - 2^-53, so its product with a count below 2^53 is below the count, rounded or not.
+        picked = (uniform(mixed(draws[noisy])) * ends[-1]).astype(np.int64)
         new = old.copy()
         new[noisy] = np.searchsorted(ends, picked, side="right")
         replaced += int(noisy.sum())
