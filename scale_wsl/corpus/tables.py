@@ -1,4 +1,7 @@
-"""Tables for the terminal about data sets, their views and their epochs; must never compute what they show."""
+"""Tables for the terminal about data sets, their views and their epochs.
+
+Must never print, or show text from data that could be anything but a hashtag in normal form.
+"""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class Noise:
         """One line for the terminal."""
         return (
             f"{self.replaced:,} of {self.pairs:,} hashtags replaced ({self.replaced / self.pairs:.2%}), "
-            f"{self.unchanged:,} of them by themselves; {self.collapsed:,} doubles on one image dropped"
+            f"{self.unchanged:,} of them by the same; {self.collapsed:,} doubles on one image dropped"
         )
 
 

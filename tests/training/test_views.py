@@ -118,10 +118,14 @@ def test_a_run_reads_nothing_else_and_goes_on_with_nothing_else(emoji_corpus: Pa
     ):
         with pytest.raises(UserError, match="another sequence of images"):
             prepare_job(load_recipe(PretrainRecipe, None, [*rest, *other]), ALONE)
+    rest.append("tracking.enabled=false")
+    (run / "resampling.png").unlink()
+    (run / "resampling.png" / "in the way").mkdir(parents=True)  # no reason to stop
     again = Ranks([*rest, *taken], 1, tmp_path / "again")
     assert again.wait() == [0], again.output()
     assert "going on from" in again.output()
+    assert "cannot write the figure" in again.output()
 
-    unlike = Ranks([*strict, "data.images=26", "run.folder=other", "schedule.length=12 steps"], 1, tmp_path / "unlike")
+    unlike = Ranks([*rest, "data.images=26", "run.folder=other"], 1, tmp_path / "unlike")
     assert unlike.wait() == [2], unlike.output()  # the damage is found where another subset is read
     assert "data.max_corrupt" in unlike.output()
