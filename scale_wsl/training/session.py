@@ -290,7 +290,9 @@ class Session:
         tracker.artifact(job.train.folder / "vocabulary.json")
         figure = job.folder / "resampling.png"
         try:
-            draw_epochs(epochs, f"Hashtags in an epoch of {job.train.name}, trained with {epoch.mode}", [figure])
+            draw_epochs(
+                epochs, f"Hashtags in an epoch of {job.train.name}, trained with {epoch.mode} resampling", [figure]
+            )
         except UserError as error:  # a full disk, say: no reason to stop training
             _log.warning("%s", error)
         else:
