@@ -31,8 +31,9 @@ from torch import nn
 from scale_wsl.engines.build import build_engine
 from scale_wsl.engines.config import EngineConfig
 from scale_wsl.engines.world import joined_world
+from scale_wsl.loading.config import DataConfig
 from scale_wsl.loading.decode import normalize
-from scale_wsl.loading.loader import DataConfig, TrainLoader
+from scale_wsl.loading.loader import TrainLoader
 from scale_wsl.loading.order import Order
 from scale_wsl.models.head import ShardedHead, head_mesh
 from scale_wsl.models.resnext import ModelConfig, describe_trunk

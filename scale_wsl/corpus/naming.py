@@ -1,22 +1,26 @@
 """Names of data sets, `role-source-I-L`: train-IG-1B-17k is 1 billion training images of IG with 17,000 labels.
 
-The counts are rounded for reading; must never be taken for the exact ones, which stand in the manifest.
+The counts are rounded for reading; must never be taken for the exact ones, which stand in the manifest. Counts that a
+user writes are read here too, since they look alike.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from scale_wsl.errors import UserError
 
-__all__ = ["ROLES", "DatasetName", "format_count", "parse_count"]
+__all__ = ["ROLES", "DatasetName", "format_count", "parse_count", "wanted_count"]
 
 ROLES = ("train", "val", "test")
 
 _UNITS = ("", "k", "M", "B", "T")
 _SOURCE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}", re.ASCII)
 _COUNT = re.compile(r"(0|[1-9][0-9]{0,2}|[1-9]\.[1-9])([kMBT]?)", re.ASCII)
+_WANTED = re.compile(r"([0-9][0-9_]{0,17}(?:\.[0-9]{1,15})?(?:e\+?[0-9]{1,2})?) ?([kMBT]?)(?: ?images?)?", re.ASCII)
+_LARGEST = 10**15
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,19 @@ def parse_count(text: str) -> int:
     whole, _, tenth = match[1].partition(".")
     scale: int = 1000 ** _UNITS.index(match[2])
     return (int(whole) * 10 + int(tenth or 0)) * scale // 10
+
+
+def wanted_count(value: int | float | str, key: str) -> int:
+    """The exact number of images that a user asks for: 35000, 3.5e6, '35k', '12.75M' or '5M images'.
+
+    Raises:
+        UserError: It is no whole number of at least 1, or beyond 1e15; the sentence names `key`.
+    """
+    match = _WANTED.fullmatch(value.strip() if isinstance(value, str) else f"{value}")
+    count = Decimal(match[1]) * 1000 ** _UNITS.index(match[2]) if match else Decimal(0)
+    if not 1 <= count <= _LARGEST or count != int(count):
+        raise UserError(f"{key} is {value!r:.80}, but must be a number of images such as 35000, 35k, 3.5M or 1e6")
+    return int(count)
 
 
 def _rounded(count: int, scale: int) -> int:

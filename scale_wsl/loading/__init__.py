@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from scale_wsl.loading.config import DataConfig
 from scale_wsl.loading.decode import MEAN, STD, CorruptImage, normalize
-from scale_wsl.loading.loader import Batch, DataConfig, EvalLoader, TrainLoader
+from scale_wsl.loading.loader import Batch, EvalLoader, TrainLoader
 from scale_wsl.loading.order import Order, micro_batch_positions
 
 __all__ = [

@@ -28,14 +28,13 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from scale_wsl.corpus.resample import MODES
 from scale_wsl.errors import UserError
-from scale_wsl.loading.decode import LARGEST_MAX_PIXELS, CorruptImage, decode, eval_crop, mean_colour, train_crop
+from scale_wsl.loading.config import DataConfig
+from scale_wsl.loading.decode import CorruptImage, decode, eval_crop, mean_colour, train_crop
 from scale_wsl.loading.order import Order, micro_batch_positions
 from scale_wsl.randomness import generator
-from scale_wsl.recipe import setting
 
-__all__ = ["Batch", "DataConfig", "EvalLoader", "Records", "TrainLoader"]
+__all__ = ["Batch", "EvalLoader", "Records", "TrainLoader"]
 
 logger = logging.getLogger("scale_wsl.loading")
 
@@ -43,57 +42,6 @@ logger = logging.getLogger("scale_wsl.loading")
 TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 _LOGGED_IN_FULL = 10  # corrupt images that a rank reports one by one, before it reports every thousandth
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read, how often, and how it is cropped (recipe section `data`)."""
-
-    train: str = setting("", "folder of the data set to train on, or what prepare has made")
-    validation: str = setting("", "folder of the data set to evaluate on, or what prepare has made")
-    image_size: int = setting(224, "side of the square that the network sees, in pixels")
-    resize: int | None = setting(
-        None, "short side to which an evaluation image is resized before its centre is cut; null: image_size * 256/224"
-    )
-    min_scale: float = setting(0.08, "smallest share of an image's area that a random training crop may cover")
-    flip: bool = setting(True, "mirror half of the training images")
-    resampling: str = setting("square-root", "how often images with rare hashtags are repeated", choices=MODES)
-    threshold: float = setting(
-        0.001, "share of images below which a hashtag counts as rare; the paper leaves it open, 0.001 is LVIS's"
-    )
-    workers: int = setting(2, "processes per rank that read and decode images; 0: the trainer's own process does")
-    prefetch: int = setting(4, "micro-batches that each worker prepares ahead")
-    max_pixels: int = setting(100_000_000, "images of more pixels are not decoded but counted as corrupt")
-    max_corrupt: float = setting(0.01, "share of corrupt images at which the run stops")
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            UserError: a value is out of range; the sentence names its key.
-        """
-        for key, good, right in (
-            ("image_size", self.image_size >= 1, "at least 1"),
-            (
-                "resize",
-                self.resize is None or self.resize >= self.image_size,
-                f"image_size ({self.image_size}) or more",
-            ),
-            ("min_scale", 0 < self.min_scale <= 1, "above 0 and at most 1"),
-            ("resampling", self.resampling in MODES, f"one of {', '.join(MODES)}"),
-            ("threshold", 0 < self.threshold <= 1, "above 0 and at most 1"),
-            ("workers", self.workers >= 0, "0 or more"),
-            ("prefetch", self.prefetch >= 1, "at least 1"),
-            ("max_pixels", 1 <= self.max_pixels <= LARGEST_MAX_PIXELS, f"between 1 and {LARGEST_MAX_PIXELS:,}"),
-            ("max_corrupt", 0 <= self.max_corrupt <= 1, "between 0 and 1"),
-        ):
-            if not good:
-                raise UserError(f"data.{key} is {getattr(self, key)}, but must be {right}")
-
-    @property
-    def short_side(self) -> int:
-        """Short side of an evaluation image before its centre is cut, in pixels."""
-        return round(self.image_size * 256 / 224) if self.resize is None else self.resize
 
 
 class Records(Protocol):

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from scale_wsl.collectives import all_gather_rows, all_reduce
 from scale_wsl.corpus.shards import Dataset
+from scale_wsl.corpus.views import Images
 from scale_wsl.engines.base import Engine
 from scale_wsl.engines.world import World
 from scale_wsl.errors import UserError
+from scale_wsl.loading.config import DataConfig
 from scale_wsl.loading.decode import CorruptImage, decode, eval_crop, normalize
-from scale_wsl.loading.loader import DataConfig, EvalLoader
+from scale_wsl.loading.loader import EvalLoader
 from scale_wsl.models.head import ShardedHead
 from scale_wsl.randomness import generator
 from scale_wsl.recipe import setting
@@ -57,7 +59,7 @@ class Evaluator:
         self,
         engine: Engine,
         head: ShardedHead,
-        train: Dataset,
+        train: Images,
         validation: Dataset,
         *,
         config: EvaluateConfig,

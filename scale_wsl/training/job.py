@@ -17,14 +17,16 @@ from tqdm import tqdm
 
 from scale_wsl.checkpoint.layout import Meta, read_meta
 from scale_wsl.checkpoint.reader import Checkpoint
+from scale_wsl.corpus.resample import choose_threshold
 from scale_wsl.corpus.shards import Dataset, find_dataset
+from scale_wsl.corpus.views import Images, view_of
 from scale_wsl.engines import ds_config
 from scale_wsl.engines.config import EngineConfig
 from scale_wsl.engines.ds_zero import Offloading, disk_folders
 from scale_wsl.engines.fairscale import require_fairscale
 from scale_wsl.engines.world import World, agree, same_everywhere
 from scale_wsl.errors import UserError
-from scale_wsl.loading.loader import DataConfig
+from scale_wsl.loading.config import DataConfig
 from scale_wsl.loading.order import Order
 from scale_wsl.models.head import HeadConfig
 from scale_wsl.models.head_group import check_group_size, ranks_per_node
@@ -81,8 +83,9 @@ class Job:
     """A recipe that has been checked against the data, the world and the checkpoint that it resumes from."""
 
     recipe: PretrainRecipe
-    train: Dataset
+    train: Images
     validation: Dataset
+    threshold: float  # of resampling, as the recipe has it or as the stated length of an epoch needs it
     order: Order
     batch: ds_config.BatchSizes
     total: int  # samples to process in all
@@ -109,6 +112,7 @@ class Job:
             "recipe": recipe_yaml(self.recipe),
             "training set": self.train.manifest_hash,
             "validation set": self.validation.manifest_hash,
+            "order of images": self.order.identity,
             "ds_config": json.dumps(self.deepspeed),
             "number of ranks on its host": str(ranks_per_node()) if self.recipe.head.group_size == "auto" else "",
             "checkpoint to go on from": f"{path} at {meta.samples} images" if meta else str(path),
@@ -144,7 +148,7 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
         UserError: data that is missing, damaged or of two vocabularies; a ds_config that contradicts the recipe; a
             checkpoint that does not fit; a run folder that cannot be written.
     """
-    train = _open(recipe.data.train, "data.train", "train")
+    train = view_of(_open(recipe.data.train, "data.train", "train"), recipe.data.view, progress=world.is_main)
     validation = _open(recipe.data.validation, "data.validation", "val")
     if train.vocabulary_hash != validation.vocabulary_hash:
         raise UserError(
@@ -157,7 +161,11 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
     recipe.engine.check_norm(recipe.model.norm)
     if recipe.engine.name == "fairscale":
         require_fairscale(world.device)
-    order = Order.of(train, seed=recipe.run.seed, resampling=recipe.data.resampling, threshold=recipe.data.threshold)
+    data = recipe.data
+    threshold = choose_threshold(
+        train.label_ids, train.label_start, data.resampling, data.threshold, data.stated_length
+    )
+    order = Order.of(train, seed=recipe.run.seed, resampling=data.resampling, threshold=threshold)
     batch = ds_config.BatchSizes(recipe.batch.micro, recipe.batch.accumulation, world.size)
     length = Duration.parse(recipe.schedule.length, "schedule.length")
     total = length.samples(batch=batch.total, epoch_start=order.epoch_start)
@@ -176,6 +184,7 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
         recipe=recipe,
         train=train,
         validation=validation,
+        threshold=threshold,
         order=order,
         batch=batch,
         total=total,
@@ -218,7 +227,7 @@ def with_intact_checkpoint(job: Job, world: World) -> Job:
     return job
 
 
-def _start(recipe: PretrainRecipe, train: Dataset) -> Start | None:
+def _start(recipe: PretrainRecipe, train: Images) -> Start | None:
     config, seed, bias = recipe.checkpoint, recipe.run.seed, recipe.head.bias
     if not config.start_from:
         return None
@@ -282,7 +291,7 @@ def _deepspeed(recipe: PretrainRecipe, batch: ds_config.BatchSizes, peak: float,
 
 
 def _resume(
-    recipe: PretrainRecipe, train: Dataset, order: Order, damaged: frozenset[Path] = frozenset()
+    recipe: PretrainRecipe, train: Images, order: Order, damaged: frozenset[Path] = frozenset()
 ) -> tuple[Path, Meta] | None:
     path = resume_from(recipe.checkpoint, recipe.folder / "checkpoints", damaged)
     if path is None:
@@ -296,6 +305,8 @@ def _resume(
     if meta.order != order.identity:
         raise UserError(
             f"{path} stopped in the middle of another sequence of images ({meta.order}) than this recipe's "
-            f"({order.identity}): keep data.train, data.resampling, data.threshold and run.seed"
+            f"({order.identity}): keep run.seed, data.train, what is taken of it (data.images, data.subset_seed, "
+            "data.label_noise, data.noise_seed) and how it is resampled (data.resampling, data.threshold, "
+            "data.epoch_length)"
         )
     return path, meta

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,12 @@ from tqdm import tqdm
 from scale_wsl.checkpoint.layout import VOCABULARY, Meta, newest
 from scale_wsl.checkpoint.reader import Checkpoint
 from scale_wsl.checkpoint.saver import Saver
+from scale_wsl.corpus.figures import draw_epochs
+from scale_wsl.corpus.resample import expected_epochs
+from scale_wsl.corpus.views import View
 from scale_wsl.engines.build import build_engine
 from scale_wsl.engines.world import World
+from scale_wsl.errors import UserError
 from scale_wsl.loading.loader import TrainLoader
 from scale_wsl.models.head import ShardedHead, head_mesh
 from scale_wsl.models.head_group import choose_group_size, ranks_per_node
@@ -33,6 +38,8 @@ from scale_wsl.training.sender import masked
 from scale_wsl.training.tracking import Tracker
 
 __all__ = ["Session", "run"]
+
+_log = logging.getLogger(__name__)
 
 
 def run(job: Job, world: World) -> None:
@@ -254,6 +261,21 @@ class Session:
             f"{job.total:,} images = {job.epochs(job.total):.1f} epochs, "
             f"learning rate up to {job.learning_rate.peak:.4g}",
         ]
+        tags = {
+            "data_set": str(job.train.name),
+            "vocabulary": job.train.vocabulary_hash,
+            "resampling": job.order.resampling,
+        }
+        if isinstance(job.train, View):
+            tags["data_view"] = job.train.summary()
+            lines.append(tags["data_view"])
+        epochs = expected_epochs(job.train.label_ids, job.train.label_start, labels, threshold=job.threshold)
+        (epoch,) = (epoch for epoch in epochs if epoch.mode == recipe.data.resampling)
+        if epoch.threshold is not None:
+            lines.append(
+                f"{epoch.mode} resampling with t = {epoch.threshold:.6g}: {epoch.length:,.0f} images an epoch on "
+                f"average, {epoch.repeated:,} of {epoch.images:,} come more than once"
+            )
         if job.start:
             lines.append(f"starting from {job.start.checkpoint.path}: {job.start.report.summary()}")
             job.start.write_report(job.folder)
@@ -262,10 +284,19 @@ class Session:
         if job.resume:
             lines.append(f"going on from {job.resume[0]} ({self.trainer.counter.samples:,} images done)")
         print("\n".join(lines), flush=True)
-        tracker.start(recipe_dict(recipe), {"data_set": str(job.train.name), "vocabulary": job.train.vocabulary_hash})
+        tracker.start(recipe_dict(recipe), tags)
         tracker.text("recipe.yaml", self.recipe_text)
         tracker.text("environment.json", json.dumps(environment(), indent=2))
         tracker.artifact(job.train.folder / "vocabulary.json")
+        figure = job.folder / "resampling.png"
+        try:
+            draw_epochs(
+                epochs, f"Hashtags in an epoch of {job.train.name}, trained with {epoch.mode} resampling", [figure]
+            )
+        except UserError as error:  # a full disk, say: no reason to stop training
+            _log.warning("%s", error)
+        else:
+            tracker.artifact(figure, "pictures")
 
     def _sharding(self) -> str:
         """How the trunk is sharded, in words."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scale_wsl.checkpoint.layout import find
 from scale_wsl.checkpoint.reader import Checkpoint
-from scale_wsl.corpus.shards import Dataset
+from scale_wsl.corpus.views import Images
 from scale_wsl.errors import UserError
 from scale_wsl.files import published_file
 from scale_wsl.hashtags.vocabulary import Vocabulary
@@ -27,7 +27,7 @@ class Start:
     report: SurgeryReport
 
     @classmethod
-    def open(cls, path: str, train: Dataset, *, seed: int, bias: bool, take_ambiguous: bool) -> Start:
+    def open(cls, path: str, train: Images, *, seed: int, bias: bool, take_ambiguous: bool) -> Start:
         """Open what `checkpoint.start_from` names: a step's folder, or a run's (its newest whole checkpoint).
 
         Raises:

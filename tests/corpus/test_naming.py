@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scale_wsl.corpus.naming import ROLES, DatasetName, format_count, parse_count
+from scale_wsl.corpus.naming import ROLES, DatasetName, format_count, parse_count, wanted_count
 from scale_wsl.errors import UserError
 
 SLUGS = st.from_regex(r"[A-Za-z][A-Za-z0-9_]{0,39}", fullmatch=True)
@@ -82,3 +82,38 @@ def test_what_is_no_name_is_refused(text: str) -> None:
 def test_what_is_no_source_is_refused(source: str) -> None:
     with pytest.raises(UserError, match="source of a data set"):
         DatasetName("train", source, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "count"),
+    [
+        (35_000, 35_000),
+        (3.5e6, 3_500_000),
+        (1e15, 10**15),
+        ("35k", 35_000),
+        ("12.75M", 12_750_000),
+        ("3.5B", 3_500_000_000),
+        ("1_000_000", 1_000_000),
+        ("5e6 images", 5_000_000),
+        (" 5M images ", 5_000_000),
+        ("1 image", 1),
+    ],
+)
+def test_counts_that_users_write(value: float | str, count: int) -> None:
+    assert wanted_count(value, "data.images") == count
+
+
+@given(COUNTS)
+def test_what_is_written_in_a_name_is_read_as_wanted(count: int) -> None:
+    if count:
+        assert wanted_count(format_count(count), "data.images") == parse_count(format_count(count))
+        assert wanted_count(min(count, 10**15), "data.images") == min(count, 10**15)
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 0.5, 1.5, "0.1k images and more", "1.0005k", "", "k", "1e99", "2e15", "9" * 999]
+)
+def test_no_count_is_refused_in_a_short_sentence(value: float | str) -> None:
+    with pytest.raises(UserError, match=r"data\.images is .* but must be a number of images") as refused:
+        wanted_count(value, "data.images")
+    assert len(str(refused.value)) < 200

@@ -12,10 +12,8 @@ import torch
 from PIL import Image
 
 from scale_wsl.corpus.shards import Dataset, find_dataset
-from scale_wsl.errors import UserError
 from scale_wsl.loading import Batch, DataConfig, EvalLoader, TrainLoader, normalize
-from scale_wsl.loading.decode import LARGEST_MAX_PIXELS, decode, eval_crop, mean_colour
-from scale_wsl.recipe import describe
+from scale_wsl.loading.decode import decode, eval_crop, mean_colour
 from tests.loading.batches import ALONE, CONFIG, order_of, take
 from tests.loading.fakes import FakeDataset, colour_of, encode, zipf_rows
 
@@ -269,30 +267,3 @@ def test_the_log_is_not_flooded(caplog: pytest.LogCaptureFixture) -> None:
         "corrupt image 1000 skipped",
         "corrupt image 2000 skipped",
     ]
-
-
-# --- the recipe ------------------------------------------------------------------------------------------------------
-
-
-def test_config() -> None:
-    assert DataConfig().short_side == 256
-    assert DataConfig(image_size=112).short_side == 128
-    assert DataConfig(image_size=112, resize=112).short_side == 112
-    assert "data.resampling must" not in describe(DataConfig)
-    for key, value, right in (
-        ("image_size", 0, "at least 1"),
-        ("resize", 223, r"image_size \(224\) or more"),
-        ("min_scale", 0.0, "above 0"),
-        ("min_scale", 1.1, "at most 1"),
-        ("resampling", "sqrt", "natural, square-root, uniform"),
-        ("threshold", 0.0, "above 0"),
-        ("threshold", 1.5, "at most 1"),
-        ("workers", -1, "0 or more"),
-        ("prefetch", 0, "at least 1"),
-        ("max_pixels", 0, "between 1 and"),
-        ("max_pixels", LARGEST_MAX_PIXELS + 1, "between 1 and 178,956,970"),
-        ("max_corrupt", -0.1, "between 0 and 1"),
-        ("max_corrupt", 1.1, "between 0 and 1"),
-    ):
-        with pytest.raises(UserError, match=rf"^data\.{key} is {value}, but must be .*{right}"):
-            DataConfig(**{key: value})  # type: ignore[arg-type]
