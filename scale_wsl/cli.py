@@ -2,6 +2,7 @@
 
 scale-wsl prepare emoji
 scale-wsl prepare photos/ --out data/photos prepare.min_count=20
+scale-wsl corpus show data/emoji
 scale-wsl vocab explain brownbear --vocabulary data/emoji
 scale-wsl track replay runs/emoji
 scale-wsl checkpoint export runs/emoji --out exported
@@ -20,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from scale_wsl.commands import checkpoint, nothing_else
+from scale_wsl.commands import checkpoint, corpus, nothing_else
 from scale_wsl.errors import UserError
 from scale_wsl.recipe import describe, load_recipe, section
 from scale_wsl.training.failure import exit_code_of
@@ -28,11 +29,12 @@ from scale_wsl.training.failure import exit_code_of
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Prepare hashtagged images for pretraining, look at vocabularies, send what MLflow missed, look at, check and export
-checkpoints. Training itself is recipes/pretrain.py.
+Prepare hashtagged images for pretraining, look at them and at vocabularies, send what MLflow missed, look at, check and
+export checkpoints. Training itself is recipes/pretrain.py.
 
   scale-wsl prepare emoji
   scale-wsl prepare photos/ --out data/photos prepare.min_count=20
+  scale-wsl corpus show data/emoji
   scale-wsl vocab explain brownbear --vocabulary data/emoji
   scale-wsl track replay runs/emoji
   scale-wsl checkpoint export runs/emoji --out exported
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_vocab(commands)
     _add_track(commands)
     checkpoint.add(commands)
+    corpus.add(commands)
     return parser
 
 
