@@ -61,7 +61,8 @@
       dot.title = names[picture.side];
       open.append(dot);
     }
-    const first = picture.labels.slice(0, 6);
+    const chosen = picture.labels.filter((label) => state.labels.includes(label));
+    const first = [...new Set([...chosen, ...picture.labels])].slice(0, 6);
     const tags = make("div", "tags", ...first.map(chip));
     const more = picture.labels.length - first.length + picture.more;
     if (more) tags.append(make("small", "", `+${figure(more)}`));

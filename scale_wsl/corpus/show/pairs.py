@@ -87,7 +87,7 @@ def information(counts: NDArray[np.int64], images: int) -> NDArray[np.float64]:
     """
     alone = np.diagonal(counts).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        bits: NDArray[np.float64] = np.log2(counts * float(images)) - np.log2(alone)[:, None] - np.log2(alone)
+        bits: NDArray[np.float64] = np.log2(counts * float(images) / np.outer(alone, alone))
     bits[counts == 0] = -np.inf
     return bits
 

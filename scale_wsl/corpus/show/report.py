@@ -238,11 +238,10 @@ def _take_rejects(report: Report, path: Path) -> None:
     examples: dict[str, list[tuple[str, str]]] = {}
     try:
         # Kept as dictionaries: a text that comes a million times is in memory once.
+        schema = pq.read_schema(pa.BufferReader(content))
+        if any(name not in schema.names or not _is_text(schema.field(name).type) for name in columns):
+            raise UserError(f"{path} is damaged: it must have the columns key, reason and detail, which are text")
         with pq.ParquetFile(pa.BufferReader(content), read_dictionary=columns) as file:
-            types = {name: file.schema_arrow.field(name).type for name in columns if name in file.schema_arrow.names}
-            texts = (pa.string(), pa.large_string())
-            if any(getattr(types.get(name), "value_type", None) not in texts for name in columns):
-                raise UserError(f"{path} is damaged: it must have the columns key, reason and detail, which are text")
             groups = range(file.metadata.num_row_groups)
             if sum(file.metadata.row_group(group).total_byte_size for group in groups) > _MOST_UNPACKED:
                 raise UserError(f"{path} holds more than 2 GiB: move it away, and the page goes without it")
@@ -253,10 +252,17 @@ def _take_rejects(report: Report, path: Path) -> None:
                 looked += batch.num_rows
                 if looked >= _MOST_ROWS:
                     break
-    except (OSError, pa.ArrowException) as error:
+    # ValueError: a text that is not UTF-8; LookupError: two schemas in it that contradict each other
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         reason = clean(" ".join(str(error).split()), 200)
         raise UserError(f"{path} is no Parquet file that can be read: {reason}; restore it, or move it away") from None
     report.examples |= examples
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return (kind.value_type if pa.types.is_dictionary(kind) else kind) in (pa.string(), pa.large_string())
 
 
 def _add_examples(examples: dict[str, list[tuple[str, str]]], batch: Any) -> None:

@@ -13,7 +13,7 @@ from scale_wsl.corpus.show.markup import Markup, clean, h, number
 from scale_wsl.corpus.show.pairs import Pair
 from scale_wsl.corpus.show.parts import bar, bars, choice, definitions, keys, legend, section, size, table, tag, two
 from scale_wsl.corpus.show.pictures import SIDE
-from scale_wsl.corpus.show.svg import heat_map, histogram
+from scale_wsl.corpus.show.svg import heat_map, histogram, largest_shared, step_begins
 from scale_wsl.hashtags import normalize
 
 __all__ = ["cooccurrence", "frequency", "gallery", "header", "left_out", "origin", "per_image", "vocabulary"]
@@ -124,10 +124,9 @@ def cooccurrence(contents: Contents) -> Markup:
     scale += [("p5", "2 to 2.5"), ("p7", "3 to 3.5"), ("p9", "above 4 bits")]
     shares = h("span", "no shared image", class_="swatch p0")
     by_bits = h("p", shares, *(h("span", text, class_=f"swatch {style}") for style, text in scale), class_="scale bits")
-    steps = (
-        h("span", "few" if step == 1 else "most" if step == 9 else "", class_=f"swatch c{step}")
-        for step in (1, 3, 5, 7, 9)
-    )
+    largest = largest_shared(shared.counts)
+    least = {step_begins(step, largest): step for step in (1, 3, 5, 7, 9)}
+    steps = (h("span", f"from {images:,}", class_=f"swatch c{step}") for images, step in least.items())
     by_images = h("p", h("span", "none", class_="swatch c0"), *steps, class_="scale images")
     measure = choice("measure", [("bits", "information"), ("images", "images")])
     return section(

@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 
 from scale_wsl.corpus.show.markup import Markup, clean, h, number
 
-__all__ = ["Curve", "Point", "heat_map", "heat_step", "histogram", "rank_frequency"]
+__all__ = [
+    "Curve",
+    "Point",
+    "count_step",
+    "heat_map",
+    "heat_step",
+    "histogram",
+    "largest_shared",
+    "rank_frequency",
+    "step_begins",
+]
 
 _WIDTH, _HEIGHT = 720, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 80, 18, 16, 58
@@ -109,8 +119,8 @@ def histogram(names: Sequence[str], per_image: Sequence[NDArray[np.int64]], most
             if counts[place]:
                 left = centre + (series - len(names) / 2) * bar
                 told = f"{name}: {number(int(counts[place]))} images with {text} labels, {share[place]:.1%}"
-                top, tall = y(share[place]), _HEIGHT - _BOTTOM - y(share[place])
-                box = {"x": left, "y": top, "width": bar - 1.5, "height": tall}
+                upper, tall = y(share[place]), _HEIGHT - _BOTTOM - y(share[place])
+                box = {"x": left, "y": upper, "width": bar - 1.5, "height": tall}
                 shape = {name: f"{value:.1f}" for name, value in box.items()}
                 parts.append(h("rect", h("title", told), class_=f"bar s{series}", rx=2, **shape))
     parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 10, "labels of an image", "middle", "axis"))
@@ -126,6 +136,21 @@ def heat_step(bits: float) -> str:
     return f"n{min(4, 1 + int(-bits / 0.5))}"
 
 
+def count_step(images: int, largest: int) -> int:
+    """0 for no shared image, 1 to 9 for up to `largest`, even in the square root: counts are far apart."""
+    return min(9, 1 + math.isqrt(81 * images // largest)) if images else 0
+
+
+def step_begins(step: int, largest: int) -> int:
+    """The fewest images that `count_step` gives this step, 1 to 9, or a higher one."""
+    return max(1, -(-((step - 1) ** 2) * largest // 81))
+
+
+def largest_shared(counts: NDArray[np.int64]) -> int:
+    """The largest count outside the diagonal, at least 1."""
+    return int(counts[~np.eye(len(counts), dtype=np.bool_)].max(initial=1))
+
+
 def heat_map(names: Sequence[str], counts: NDArray[np.int64], bits: NDArray[np.float64]) -> Markup:
     """Two measures of how often hashtags share images; the style sheet shows one: classes p or n, and c.
 
@@ -135,8 +160,7 @@ def heat_map(names: Sequence[str], counts: NDArray[np.int64], bits: NDArray[np.f
         bits: `[M, M]`, pointwise mutual information.
     """
     size = len(names)
-    apart = ~np.eye(size, dtype=np.bool_)
-    largest = math.sqrt(max(1, int(counts[apart].max(initial=1))))
+    largest = largest_shared(counts)
     side = LABELS + size * CELL + 2
     parts = []
     for place, name in enumerate(names):
@@ -149,8 +173,7 @@ def heat_map(names: Sequence[str], counts: NDArray[np.int64], bits: NDArray[np.f
             if row == column:
                 style = "own"
             else:
-                shared = int(counts[row, column])
-                step = min(9, 1 + int(9 * math.sqrt(shared) / largest)) if shared else 0
+                step = count_step(int(counts[row, column]), largest)
                 style = f"{heat_step(float(bits[row, column]))} c{step}"
             x, y = LABELS + column * CELL, LABELS + row * CELL
             parts.append(h("rect", x=x, y=y, width=CELL - 1, height=CELL - 1, class_=style))
