@@ -28,7 +28,7 @@ def _add_show(actions: Any) -> None:
         help="make a page that shows a data set",
         description="Make one HTML file that shows a data set: sample images, how frequent hashtags are, which of them "
         "are on the same images, what was merged, what is ambiguous and what was left out. It needs no network and no "
-        "other file, and stays below about 5 MB however large the data set is.",
+        "other file, and by default stays below about 5 MB however large the data set is.",
         allow_abbrev=False,
     )
     show.add_argument("data", type=Path, metavar="DATA", help="what prepare has made, or one data set in it")

@@ -45,7 +45,7 @@ class Side:
     dataset: Dataset
     figures: Figures
     pictures: list[Picture]
-    """Those drawn without a preference come first."""
+    """Those drawn at random come first."""
     samples: int
     """How many of them were."""
 

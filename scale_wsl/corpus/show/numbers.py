@@ -95,6 +95,7 @@ def fit_zipf(counts: NDArray[np.int64]) -> Zipf | None:
     The counts, sorted, are taken as draws of ranks 1 to R. The likelihood is largest where the law's mean of log r is
     the counts' own (Clauset, Shalizi and Newman 2009, section 3, for a law that ends at R); it falls with s, so it is
     found by halving. A line through log-log points would give each of the many rare hashtags as much say as the head.
+    The ranks are those of the same counts, which makes s a little too large where counts are small.
     """
     seen = np.sort(counts[counts > 0])[::-1].astype(np.float64)
     if len(seen) < 2:

@@ -17,6 +17,7 @@ import numpy as np
 
 from scale_wsl.corpus.show import sections
 from scale_wsl.corpus.show.contents import Contents, Side, gather_contents
+from scale_wsl.corpus.show.left_out import left_out, origin
 from scale_wsl.corpus.show.markup import Markup, clean, h, json_block
 from scale_wsl.corpus.show.numbers import ranked, spread_ranks
 from scale_wsl.corpus.show.svg import CELL, LABELS, Curve, rank_frequency
@@ -38,7 +39,7 @@ def write_page(data: str | Path, out: str | Path, *, samples: int = 48, seed: in
     Args:
         data: The folder.
         out: The file to write, `.html`; one that is there is replaced.
-        samples: Images drawn from each data set without a preference. At most 480 others are added so that the
+        samples: Images drawn at random from each data set. At most 480 others are added so that the
             hashtags in the charts and tables have some to show; with 0, there are no pictures.
         seed: Of these draws.
 
@@ -80,10 +81,9 @@ def page_of(contents: Contents) -> str:
             "room": LABELS,
         },
     }
-    for label in contents.rows:
+    pairs = (*contents.shared.by_bits, *contents.shared.by_images)
+    for label in (*contents.rows, *(pair.first for pair in pairs), *(pair.second for pair in pairs)):
         tags.add(label)
-    for pair in (*contents.shared.by_bits, *contents.shared.by_images):
-        tags.add(pair.first), tags.add(pair.second)
     embedded["tags"] = tags.found
     policy = "; ".join(
         (
@@ -123,8 +123,8 @@ def page_of(contents: Contents) -> str:
             sections.per_image(contents),
             sections.cooccurrence(contents),
             sections.vocabulary(contents),
-            sections.left_out(contents),
-            sections.origin(contents),
+            left_out(contents),
+            origin(contents),
             id="main",
         ),
         h("footer", h("p", sections.PICTURES_NOTE)),

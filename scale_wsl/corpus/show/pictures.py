@@ -45,7 +45,7 @@ class Picture:
 
 
 def samples(images: int, number: int, seed: int, role: str) -> list[int]:
-    """The numbers of `number` images drawn without a preference, ascending; all where there are no more."""
+    """The numbers of `number` images drawn at random, ascending; all where there are no more."""
     drawn = generator("show", role, seed).choice(images, min(number, images), replace=False, shuffle=False)
     return sorted(drawn.tolist())
 
@@ -53,7 +53,7 @@ def samples(images: int, number: int, seed: int, role: str) -> list[int]:
 def candidates(
     label_ids: NDArray[np.int32], label_start: NDArray[np.int64], wanted: Sequence[int], each: int, seed: int
 ) -> NDArray[np.int64]:
-    """`[W, each]`, images of each wanted label, drawn without a preference; -1 where there are no more.
+    """`[W, each]`, images of each wanted label, drawn at random; -1 where there are no more.
 
     One pass, which keeps the `each` smallest of the random numbers that the (image, label) pairs draw.
     """

@@ -20,12 +20,12 @@ import numpy as np
 from scale_wsl.corpus.show.markup import clean
 from scale_wsl.errors import UserError
 
-__all__ = ["Report", "read_report"]
+__all__ = ["Report", "Unplaced", "read_report"]
 
 PREPARED, REJECTS, VOCABULARY = "prepared.json", "rejects.parquet", "vocabulary.report.json"
 FORMAT = "scale_wsl preparation"
 
-_LARGEST = {PREPARED: 16 << 20, REJECTS: 256 << 20, VOCABULARY: 256 << 20}  # bytes
+_LARGEST = {PREPARED: 16 << 20, REJECTS: 256 << 20, VOCABULARY: 64 << 20}  # bytes
 _MOST_UNPACKED = 2 << 30  # bytes that a Parquet file may say that it holds
 _MOST_ROWS = 2_000_000  # of rejects.parquet that are looked through for examples
 _BATCH = 1 << 16  # rows
@@ -36,6 +36,19 @@ _LONGEST = 240  # characters of a text that is shown
 _LARGEST_COUNT = 1 << 62
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """Hashtags that are no labels, for one reason."""
+
+    distinct: int
+    at_least: bool = False
+    """There are more than that: whoever counted them forgot the rare ones."""
+    pairs: int | None = None
+    """(post, hashtag) pairs."""
+    most_frequent: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+    """And on how many posts each is."""
 
 
 @dataclass
@@ -53,15 +66,15 @@ class Report:
     dropped_tags: dict[str, int] = dataclasses.field(default_factory=dict)
     """Tags that are no hashtags, by reason."""
     near_identical: dict[str, int | float] = dataclasses.field(default_factory=dict)
-    unplaced: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Distinct hashtags that are no labels, by reason."""
-    unplaced_hashtags: dict[str, list[tuple[str, int]]] = dataclasses.field(default_factory=dict)
-    """Reason -> the most frequent of them, and on how many images they are."""
+    unplaced: dict[str, Unplaced] = dataclasses.field(default_factory=dict)
+    """By reason."""
     members: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     """Canonical hashtag -> hashtags merged into it -> images."""
     coverage: dict[str, int | float] = dataclasses.field(default_factory=dict)
     settings: dict[str, str] = dataclasses.field(default_factory=dict)
     """Of the preparation, as JSON."""
+    rule: str = ""
+    """Of the vocabulary, as JSON."""
     stop: list[str] = dataclasses.field(default_factory=list)
     fingerprint: str = ""
     """Of the source, as JSON."""
@@ -178,12 +191,15 @@ def _take_prepared(report: Report, reader: _Reader, prepared: Any) -> None:
     }
     vocabulary = reader.mapping(told.get("vocabulary", {}), "report.vocabulary", reader.anything)
     unplaced = vocabulary.get("dropped_hashtags", {})
-    report.unplaced = reader.reasons(unplaced, "report.vocabulary.dropped_hashtags", reader.count)
+    counts = reader.reasons(unplaced, "report.vocabulary.dropped_hashtags", reader.count)
+    report.unplaced = {reason: Unplaced(distinct) for reason, distinct in counts.items()}
 
     recipe = reader.mapping(whole.get("recipe", {}), "recipe", reader.anything)
     settings = reader.mapping(recipe.get("settings", {}), "recipe.settings", reader.anything)
     report.settings = {clean(key, 60): _short_json(value) for key, value in list(settings.items())[:_MOST_REASONS]}
     report.stop = reader.texts(recipe.get("stop", []), "recipe.stop")
+    if rule := recipe.get("rule"):
+        report.rule = _short_json(rule)
     if fingerprint := recipe.get("fingerprint"):
         report.fingerprint = _short_json(fingerprint, 2000)
 
@@ -204,11 +220,22 @@ def _take_vocabulary(report: Report, reader: _Reader, vocabulary: Any) -> None:
         return reader.mapping(value, where, reader.count)
 
     report.members = reader.mapping(whole.get("merged", {}), "merged", counts)
-    for reason, hashtags in reader.reasons(whole.get("dropped", {}), "dropped", counts).items():
+    for reason, told in reader.reasons(whole.get("dropped", {}), "dropped", reader.anything).items():
+        where = f"dropped.{clean(reason, 40)}"
+        figures = reader.mapping(told, where, reader.anything)
+        only_counts = not isinstance(figures.get("most_frequent"), dict)  # hashtags and nothing else
+        hashtags = counts(figures, where) if only_counts else counts(figures["most_frequent"], f"{where}.most_frequent")
         most = heapq.nsmallest(_UNPLACED, hashtags.items(), key=lambda item: (-item[1], item[0]))
-        report.unplaced_hashtags[reason] = [(clean(hashtag, _LONGEST), images) for hashtag, images in most]
+        known = {} if only_counts else {key: figures[key] for key in ("hashtags", "pairs", "error") if key in figures}
+        known = {key: reader.count(value, f"{where}.{key}") for key, value in known.items()}
         # The file may name only the most frequent ones, where prepared.json counts all.
-        report.unplaced[reason] = max(report.unplaced.get(reason, 0), len(hashtags))
+        before = report.unplaced[reason].distinct if reason in report.unplaced else 0
+        report.unplaced[reason] = Unplaced(
+            max(before, known.get("hashtags", 0), len(hashtags)),
+            known.get("error", 0) > 0,
+            known.get("pairs"),
+            [(clean(hashtag, _LONGEST), posts) for hashtag, posts in most],
+        )
     coverage = whole.get("coverage", {})
     report.coverage = {
         clean(key, _LONGEST): value

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from scale_wsl.corpus.show.contents import Contents, Side
 from scale_wsl.corpus.show.markup import Markup, clean, h, number
 from scale_wsl.corpus.show.pairs import Pair
-from scale_wsl.corpus.show.parts import bar, bars, choice, definitions, keys, legend, section, size, table, tag, two
+from scale_wsl.corpus.show.parts import choice, keys, legend, section, size, table, tag, two
 from scale_wsl.corpus.show.pictures import SIDE
 from scale_wsl.corpus.show.svg import heat_map, histogram, largest_shared, step_begins
 from scale_wsl.hashtags import normalize
 
-__all__ = ["cooccurrence", "frequency", "gallery", "header", "left_out", "origin", "per_image", "vocabulary"]
+__all__ = ["cooccurrence", "frequency", "gallery", "header", "per_image", "vocabulary"]
 
 _SENSES = 16  # of a hashtag that are listed
 _MEMBERS = 24
@@ -56,7 +56,7 @@ def gallery(contents: Contents) -> Markup:
         "Images",
         h(
             "p",
-            f"{drawn} images, drawn without a preference. Choose a hashtag anywhere on this page to see its images.",
+            f"{drawn} images, drawn at random. Choose a hashtag anywhere on this page to see its images.",
         ),
         h(
             "div",
@@ -141,7 +141,7 @@ def cooccurrence(contents: Contents) -> Markup:
         h("div", measure, class_="toolbar"),
         h(
             "figure",
-            h("div", heat_map(names, shared.counts, shared.bits), class_="wide", tabindex=-1),
+            h("div", heat_map(names, shared.counts, shared.bits), class_="wide"),
             by_bits,
             by_images,
             keys("arrow keys move, Enter shows the images that have both"),
@@ -178,18 +178,15 @@ def vocabulary(contents: Contents) -> Markup:
         "hashtags merged into it",
         "synsets of WordNet 3.0",
     )
-    shown = (
-        f" Listed here: {len(contents.rows):,}, the most frequent of each kind."
-        if len(contents.rows) < len(entries)
-        else ""
-    )
+    rows = len(contents.rows)
+    shown = f" Listed here: {rows:,}, the most frequent of each kind." if rows < len(entries) else ""
     return section(
         "vocabulary",
         "Labels",
         h(
             "p",
-            f"A label is a set of synsets: hashtags with the same set are one label, and an ambiguous one "
-            f"is forced to no sense.{shown}",
+            "A label is a set of synsets: hashtags with the same set are one label, and an ambiguous one is forced to "
+            f"no sense.{shown}",
         ),
         h(
             "div",
@@ -207,54 +204,6 @@ def vocabulary(contents: Contents) -> Markup:
         ),
         h("button", "show all", type="button", id="all", class_="plain off"),
     )
-
-
-def left_out(contents: Contents) -> Markup:
-    """What did not come into the data sets, and why."""
-    report = contents.report
-    parts: list[Markup] = []
-    if report.dropped or report.posts is not None:
-        parts += [h("h3", "Posts"), _posts(contents)]
-    if report.near_identical:
-        near = [(key.replace("_", " "), number(value)) for key, value in report.near_identical.items()]
-        parts += [h("h3", "Near-identical images"), definitions(near)]
-    if report.dropped_tags:
-        parts += [h("h3", "Tags that are no hashtags"), bars(report.dropped_tags)]
-    if report.unplaced or report.unplaced_hashtags:
-        parts.append(h("h3", "Hashtags that are no labels"))
-        for reason in dict.fromkeys((*report.unplaced, *report.unplaced_hashtags)):
-            parts.append(_unplaced(reason, report.unplaced.get(reason, 0), report.unplaced_hashtags.get(reason, [])))
-    if report.coverage:
-        figures = [(key.replace("_", " "), number(value, 3)) for key, value in report.coverage.items()]
-        parts += [h("h3", "Coverage of the vocabulary"), definitions(figures)]
-    if not parts:
-        parts.append(h("p", "No report of the preparation is beside the data set.", class_="quiet"))
-    return section("left-out", "What was left out", *parts)
-
-
-def origin(contents: Contents) -> Markup:
-    """Licence, attribution, hashes and settings."""
-    report, facts = contents.report, []
-    for key in ("licence", "attribution"):
-        told = dict.fromkeys(_text_of(side.dataset.manifest.get(key)) for side in contents.sides)
-        facts.append((key, " / ".join(told)))
-    for side in contents.sides:
-        facts.append((f"manifest of {side.role}, SHA-256", side.dataset.manifest_hash))
-    facts.append(("vocabulary", contents.sides[0].dataset.vocabulary_hash))
-    rule = contents.vocabulary
-    facts.append(
-        (
-            "labels are",
-            f"on {rule.min_count:,} training images or more"
-            + ("" if rule.size is None else f", the {rule.size:,} most frequent"),
-        )
-    )
-    facts += [(f"setting {key}", value) for key, value in report.settings.items()]
-    if report.stop:
-        facts.append(("stop list", ", ".join(report.stop[:100]) + (", …" if len(report.stop) > 100 else "")))
-    if report.fingerprint:
-        facts.append(("source", report.fingerprint))
-    return section("origin", "Where it is from", definitions(facts, style="facts"))
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------
@@ -328,7 +277,7 @@ def _label_row(contents: Contents, label: int) -> Markup:
     if len(entry.synsets) > _SENSES:
         senses.append(h("li", f"and {len(entry.synsets) - _SENSES:,} more", class_="quiet"))
     many = len(entry.synsets) > 1
-    listed = h("ul", *senses)
+    listed = h("ul", *senses) if senses else h("span", "none: the user's own", class_="quiet")
     if many:
         hint = h("small", f" {_hint(entry.hashtag, [contents.lemmas.get(wnid) for wnid in entry.synsets])}")
         listed = h("details", h("summary", f"{len(entry.synsets)} senses", hint), listed)
@@ -354,45 +303,6 @@ def _hint(hashtag: str, senses: Iterable[Sequence[str] | None]) -> str:
     """A word for each sense, another than the hashtag where there is one."""
     words = (next((word for word in words if normalize(word) != hashtag), words[0]) for words in senses if words)
     return clean(", ".join(dict.fromkeys(words)).replace("_", " "), 64)
-
-
-def _posts(contents: Contents) -> Markup:
-    report = contents.report
-    kept = sum(side.figures.images for side in contents.sides)
-    told = [] if report.posts is None else [("posts read", report.posts)]
-    told += [] if report.copies is None else [("merged into an exact copy", report.copies)]
-    told.append(("images kept", kept))
-    reasons = []
-    for reason in dict.fromkeys((*report.dropped, *report.examples)):
-        found = report.examples.get(reason, [])
-        items = (
-            h("li", h("code", h("bdi", key)), *([" ", h("bdi", detail)] if detail else [])) for key, detail in found
-        )
-        named = h("details", h("summary", "examples"), h("ul", *items)) if found else ""
-        reasons.append((reason, report.dropped.get(reason), named))
-    largest = max([count for _, count, _ in reasons if count], default=1)
-    bars = (bar(reason, count, largest, named) for reason, count, named in reasons)
-    figures = definitions((name, number(count)) for name, count in told)
-    return Markup(figures + (h("ul", *bars, class_="bars") if reasons else h("p", "None was dropped.", class_="quiet")))
-
-
-def _unplaced(reason: str, distinct: int, hashtags: Sequence[tuple[str, int]]) -> Markup:
-    title = (h("bdi", reason), h("small", f" {distinct:,} distinct"))
-    if not hashtags:
-        return h("p", *title, class_="reason")
-    chips = (h("span", h("bdi", hashtag), h("small", f" {images:,}"), class_="member") for hashtag, images in hashtags)
-    rest = f"{len(hashtags):,} of {distinct:,} are listed, the most frequent" if distinct > len(hashtags) else ""
-    return h(
-        "details",
-        h("summary", *title),
-        h("p", *chips, class_="members"),
-        h("p", rest, class_="quiet") if rest else "",
-        open=distinct > 0,
-    )
-
-
-def _text_of(value: object) -> str:
-    return clean(value, 2000) if isinstance(value, str) and value else "not said"
 
 
 PICTURES_NOTE = f"Pictures are shrunk to {SIDE} px and re-encoded; the data set holds the original files."

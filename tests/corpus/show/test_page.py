@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -218,6 +219,27 @@ def test_what_was_left_out_is_told(emoji_corpus: Path, tmp_path: Path) -> None:
     assert f"no noun synset| {report['vocabulary']['dropped_hashtags']['no noun synset']:,} distinct" in words
     assert "OpenMoji" in words
     assert len(page.text) < 5_000_000
+
+
+def test_coverage_and_hashtags_without_a_place_are_worded(toy: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(toy, tmp_path / "toy")
+    coverage = {"posts": 200, "known": 150, "covered_least": 100, "covered_most": 120, "pairs": 400, "kept_pairs": 300}
+    dropped = {"no noun synset": {"hashtags": 70, "pairs": 500, "error": 2, "most_frequent": {"zzz": 30}}}
+    (folder / "vocabulary.report.json").write_text(
+        json.dumps({"coverage": coverage | {"x_y": 0.5}, "dropped": dropped})
+    )
+    report = {"near_identical": {"near_validation": 4}}
+    (folder / "prepared.json").write_text(json.dumps({"format": "scale_wsl preparation", "report": report}))
+    words = "|".join(shown(folder, tmp_path, samples=0).words)
+    for told in (
+        "posts with a hashtag that has a place|150 (75.0%)",
+        "posts that keep a label|100 (50.0%) to 120 (60.0%)",
+        "(post, label) pairs that are kept|300 (75.0%)",
+        "x y|0.500",
+        "no noun synset| more than 70 distinct, 500 times|zzz| 30|1 of 70 are listed",
+        "left out of training, near a validation image|4",
+    ):
+        assert told in words
 
 
 def test_a_large_vocabulary_and_many_labels_stay_within_the_bounds(tmp_path: Path) -> None:
