@@ -32,7 +32,7 @@ _BATCH = 1 << 16  # rows
 _MOST_REASONS = 50
 _EXAMPLES = 12  # of each reason
 _UNPLACED = 120  # hashtags of each reason
-_LONGEST = 240  # characters of a text that is shown
+_LONGEST, _LONGEST_JSON = 240, 1000  # characters of a text that is shown
 _LARGEST_COUNT = 1 << 62
 
 T = TypeVar("T")
@@ -95,44 +95,47 @@ def read_report(folder: Path) -> Report:
     return report
 
 
+_Where = tuple[str, ...]
+
+
 class _Reader:
     """Takes parsed JSON apart; says which file, and where in it, something is wrong."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def wrong(self, where: str, right: str) -> UserError:
+    def wrong(self, where: _Where, right: str) -> UserError:
+        place = ".".join(clean(key, 40) for key in where) or "it"
         return UserError(
-            f"{self.path} is damaged: {where} must be {right}; restore it, or move it away and the page goes without it"
+            f"{self.path} is damaged: {place} must be {right}; restore it, or move it away and the page goes without it"
         )
 
-    def mapping(self, value: Any, where: str, take: Callable[[Any, str], T]) -> dict[str, T]:
+    def mapping(self, value: Any, where: _Where, take: Callable[[Any, _Where], T]) -> dict[str, T]:
         """A JSON object, in its order; each value through `take`."""
         if not isinstance(value, dict):
             raise self.wrong(where, "an object")
         # JSON text may hold halves of surrogate pairs, which no later step could write.
-        return {_encodable(key): take(item, f"{where}.{clean(key, 40)}") for key, item in value.items()}
+        return {_encodable(key): take(item, (*where, key)) for key, item in value.items()}
 
-    def reasons(self, value: Any, where: str, take: Callable[[Any, str], T]) -> dict[str, T]:
+    def reasons(self, value: Any, where: _Where, take: Callable[[Any, _Where], T]) -> dict[str, T]:
+        """The first ones of an object whose keys are reasons."""
         found = self.mapping(value, where, take)
         return {clean(reason, _LONGEST): found[reason] for reason in list(found)[:_MOST_REASONS]}
 
-    def count(self, value: Any, where: str) -> int:
+    def count(self, value: Any, where: _Where) -> int:
         if type(value) is not int or not 0 <= value <= _LARGEST_COUNT:
             raise self.wrong(where, "a count")
         return value
 
-    def figure(self, value: Any, where: str) -> int | float:
-        if isinstance(value, float) and math.isfinite(value):
-            return value
-        return self.count(value, where)
+    def counts(self, value: Any, where: _Where) -> dict[str, int]:
+        return self.mapping(value, where, self.count)
 
-    def texts(self, value: Any, where: str) -> list[str]:
+    def texts(self, value: Any, where: _Where) -> list[str]:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.wrong(where, "a list of texts")
         return [clean(text, _LONGEST) for text in value]
 
-    def anything(self, value: Any, where: str) -> Any:
+    def anything(self, value: Any, where: _Where) -> Any:
         return value
 
 
@@ -170,38 +173,37 @@ def _read(path: Path) -> bytes | None:
 
 
 def _take_prepared(report: Report, reader: _Reader, prepared: Any) -> None:
-    whole = reader.mapping(prepared, "it", reader.anything)
+    whole = reader.mapping(prepared, (), reader.anything)
     if whole.get("format") != FORMAT:
-        raise reader.wrong("format", f'"{FORMAT}"')
-    told = reader.mapping(whole.get("report", {}), "report", reader.anything)
+        raise reader.wrong(("format",), f'"{FORMAT}"')
+
+    def inside(value: Mapping[str, Any], *where: str) -> dict[str, Any]:
+        return reader.mapping(value.get(where[-1], {}), where, reader.anything)
+
+    def reasons(value: Mapping[str, Any], take: Callable[[Any, _Where], T], *where: str) -> dict[str, T]:
+        return reader.reasons(value.get(where[-1], {}), where, take)
+
+    told = inside(whole, "report")
     for key in ("posts", "copies"):
         if key in told:
-            setattr(report, key, reader.count(told[key], f"report.{key}"))
-    report.dropped = reader.reasons(told.get("dropped", {}), "report.dropped", reader.count)
-    examples = reader.reasons(told.get("examples", {}), "report.examples", reader.texts)
+            setattr(report, key, reader.count(told[key], ("report", key)))
+    report.dropped = reasons(told, reader.count, "report", "dropped")
+    examples = reasons(told, reader.texts, "report", "examples")
     report.examples = {
         reason: [_key_and_detail(text) for text in some[:_EXAMPLES]] for reason, some in examples.items()
     }
-    report.dropped_tags = reader.reasons(told.get("dropped_hashtags", {}), "report.dropped_hashtags", reader.count)
-    near = reader.mapping(told.get("near_identical", {}), "report.near_identical", reader.anything)
-    report.near_identical = {
-        clean(key, _LONGEST): value
-        for key, value in list(near.items())[:_MOST_REASONS]
-        if type(value) in (int, float) and math.isfinite(value) and abs(value) <= _LARGEST_COUNT
-    }
-    vocabulary = reader.mapping(told.get("vocabulary", {}), "report.vocabulary", reader.anything)
-    unplaced = vocabulary.get("dropped_hashtags", {})
-    counts = reader.reasons(unplaced, "report.vocabulary.dropped_hashtags", reader.count)
+    report.dropped_tags = reasons(told, reader.count, "report", "dropped_hashtags")
+    report.near_identical = _figures(inside(told, "report", "near_identical"))
+    counts = reasons(inside(told, "report", "vocabulary"), reader.count, "report", "vocabulary", "dropped_hashtags")
     report.unplaced = {reason: Unplaced(distinct) for reason, distinct in counts.items()}
 
-    recipe = reader.mapping(whole.get("recipe", {}), "recipe", reader.anything)
-    settings = reader.mapping(recipe.get("settings", {}), "recipe.settings", reader.anything)
-    report.settings = {clean(key, 60): _short_json(value) for key, value in list(settings.items())[:_MOST_REASONS]}
-    report.stop = reader.texts(recipe.get("stop", []), "recipe.stop")
-    if rule := recipe.get("rule"):
-        report.rule = _short_json(rule)
-    if fingerprint := recipe.get("fingerprint"):
-        report.fingerprint = _short_json(fingerprint, 2000)
+    recipe = inside(whole, "recipe")
+    settings = list(inside(recipe, "recipe", "settings").items())[:_MOST_REASONS]
+    report.settings = {clean(key, 60): _short_json(value) for key, value in settings}
+    report.stop = reader.texts(recipe.get("stop", []), ("recipe", "stop"))
+    report.rule, report.fingerprint = (
+        _short_json(recipe[key]) if recipe.get(key) else "" for key in ("rule", "fingerprint")
+    )
 
 
 def _key_and_detail(text: str) -> tuple[str, str]:
@@ -209,47 +211,55 @@ def _key_and_detail(text: str) -> tuple[str, str]:
     return key, detail
 
 
-def _short_json(value: Any, most: int = _LONGEST) -> str:
-    return clean(json.dumps(value, ensure_ascii=False, sort_keys=True), most)
+def _short_json(value: Any) -> str:
+    try:
+        return clean(json.dumps(value, ensure_ascii=False, sort_keys=True), _LONGEST_JSON)
+    except RecursionError:  # the parser goes a little deeper than the writer
+        return "nested too deeply to be shown"
 
 
-def _take_vocabulary(report: Report, reader: _Reader, vocabulary: Any) -> None:
-    whole = reader.mapping(vocabulary, "it", reader.anything)
-
-    def counts(value: Any, where: str) -> dict[str, int]:
-        return reader.mapping(value, where, reader.count)
-
-    report.members = reader.mapping(whole.get("merged", {}), "merged", counts)
-    for reason, told in reader.reasons(whole.get("dropped", {}), "dropped", reader.anything).items():
-        where = f"dropped.{clean(reason, 40)}"
-        figures = reader.mapping(told, where, reader.anything)
-        only_counts = not isinstance(figures.get("most_frequent"), dict)  # hashtags and nothing else
-        hashtags = counts(figures, where) if only_counts else counts(figures["most_frequent"], f"{where}.most_frequent")
-        most = heapq.nsmallest(_UNPLACED, hashtags.items(), key=lambda item: (-item[1], item[0]))
-        known = {} if only_counts else {key: figures[key] for key in ("hashtags", "pairs", "error") if key in figures}
-        known = {key: reader.count(value, f"{where}.{key}") for key, value in known.items()}
-        # The file may name only the most frequent ones, where prepared.json counts all.
-        before = report.unplaced[reason].distinct if reason in report.unplaced else 0
-        report.unplaced[reason] = Unplaced(
-            max(before, known.get("hashtags", 0), len(hashtags)),
-            known.get("error", 0) > 0,
-            known.get("pairs"),
-            [(clean(hashtag, _LONGEST), posts) for hashtag, posts in most],
-        )
-    coverage = whole.get("coverage", {})
-    report.coverage = {
+def _figures(values: Mapping[str, Any]) -> dict[str, int | float]:
+    """Those of the values that are numbers; what they are called is theirs."""
+    return {
         clean(key, _LONGEST): value
-        for key, value in list(_flat(reader.mapping(coverage, "coverage", reader.anything)))[:_MOST_REASONS]
+        for key, value in list(values.items())[:_MOST_REASONS]
         if type(value) in (int, float) and math.isfinite(value) and abs(value) <= _LARGEST_COUNT
     }
 
 
-def _flat(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The figures of an object and of the objects in it."""
-    flat = []
-    for key, value in figures.items():
-        inner = value.items() if isinstance(value, dict) else [(None, value)]
-        flat += [(key if name is None else f"{key} {name}", figure) for name, figure in inner]
+def _take_vocabulary(report: Report, reader: _Reader, vocabulary: Any) -> None:
+    whole = reader.mapping(vocabulary, (), reader.anything)
+    report.members = reader.mapping(whole.get("merged", {}), ("merged",), reader.counts)
+    for reason, told in reader.reasons(whole.get("dropped", {}), ("dropped",), reader.anything).items():
+        before = report.unplaced.get(reason, Unplaced(0))
+        report.unplaced[reason] = _unplaced(reader, told, ("dropped", reason), before)
+    report.coverage = _figures(_flat(reader.mapping(whole.get("coverage", {}), ("coverage",), reader.anything)))
+
+
+def _unplaced(reader: _Reader, told: Any, where: _Where, before: Unplaced) -> Unplaced:
+    """From the counts of all hashtags, or from figures and the counts of the most frequent ones."""
+    figures = reader.mapping(told, where, reader.anything)
+    hashtags, known = figures, {}
+    if isinstance(figures.get("most_frequent"), dict):
+        hashtags, where = figures["most_frequent"], (*where, "most_frequent")
+        keys = [key for key in ("hashtags", "pairs", "error") if key in figures]
+        known = {key: reader.count(figures[key], (*where[:-1], key)) for key in keys}
+    counts = reader.counts(hashtags, where)
+    most = heapq.nsmallest(_UNPLACED, counts.items(), key=lambda item: (-item[1], item[0]))
+    return Unplaced(
+        max(before.distinct, known.get("hashtags", 0), len(counts)),
+        known.get("error", 0) > 0,
+        known.get("pairs"),
+        [(clean(hashtag, _LONGEST), posts) for hashtag, posts in most],
+    )
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an object and of the objects in it."""
+    flat = {}
+    for key, value in values.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        flat |= {f"{key} {name}".rstrip(): figure for name, figure in inner}
     return flat
 
 

@@ -75,6 +75,15 @@ def test_a_vocabularys_report_that_lists_only_the_most_frequent(tmp_path: Path) 
     assert read_report(tmp_path).unplaced == {"no noun synset": Unplaced(70, True, 500, most)}
 
 
+def test_a_value_that_is_nested_as_deeply_as_can_be_parsed(tmp_path: Path) -> None:
+    for depth in range(100, 1000, 10):
+        value = '{"format": "scale_wsl preparation", "recipe": {"fingerprint": %s}}' % ("[" * depth + "]" * depth)
+        try:
+            read_report(write(tmp_path, "prepared.json", value))
+        except UserError as error:
+            assert "not valid JSON" in str(error)
+
+
 def test_rejects_give_examples_of_each_reason(tmp_path: Path) -> None:
     write(
         tmp_path, "prepared.json", prepared({"dropped": {"a": 30, "b": 1}, "examples": {"a": ["old"], "c": ["x: y"]}})
