@@ -201,9 +201,8 @@ def _take_prepared(report: Report, reader: _Reader, prepared: Any) -> None:
     settings = list(inside(recipe, "recipe", "settings").items())[:_MOST_REASONS]
     report.settings = {clean(key, 60): _short_json(value) for key, value in settings}
     report.stop = reader.texts(recipe.get("stop", []), ("recipe", "stop"))
-    report.rule, report.fingerprint = (
-        _short_json(recipe[key]) if recipe.get(key) else "" for key in ("rule", "fingerprint")
-    )
+    rule, fingerprint = recipe.get("rule"), recipe.get("fingerprint")
+    report.rule, report.fingerprint = (_short_json(value) if value else "" for value in (rule, fingerprint))
 
 
 def _key_and_detail(text: str) -> tuple[str, str]:
@@ -256,7 +255,7 @@ def _unplaced(reader: _Reader, told: Any, where: _Where, before: Unplaced) -> Un
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of an object and of the objects in it."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         inner = value.items() if isinstance(value, dict) else [("", value)]
         flat |= {f"{key} {name}".rstrip(): figure for name, figure in inner}

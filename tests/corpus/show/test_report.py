@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,9 @@ def test_a_vocabularys_report_that_lists_only_the_most_frequent(tmp_path: Path) 
 def test_a_value_that_is_nested_as_deeply_as_can_be_parsed(tmp_path: Path) -> None:
     for depth in range(100, 1000, 10):
         value = '{"format": "scale_wsl preparation", "recipe": {"fingerprint": %s}}' % ("[" * depth + "]" * depth)
-        try:
-            read_report(write(tmp_path, "prepared.json", value))
-        except UserError as error:
-            assert "not valid JSON" in str(error)
+        write(tmp_path, "prepared.json", value)
+        with contextlib.suppress(UserError):
+            assert read_report(tmp_path).fingerprint
 
 
 def test_rejects_give_examples_of_each_reason(tmp_path: Path) -> None:
