@@ -14,6 +14,7 @@ from scale_wsl.corpus.show.report import Unplaced
 
 __all__ = ["left_out", "origin"]
 
+_STOPPED = 100  # hashtags of the stop list that are named
 _NEAR = {
     "images": "images in clusters",
     "largest": "images in the largest",
@@ -57,8 +58,9 @@ def origin(contents: Contents) -> Markup:
     facts += [(f"setting {key}", value) for key, value in report.settings.items()]
     if report.rule:
         facts.append(("vocabulary's rule", report.rule))
-    if report.stop:
-        facts.append(("stop list", ", ".join(report.stop[:100]) + (", …" if len(report.stop) > 100 else "")))
+    if rule.stop:
+        named = ", ".join(clean(hashtag, 100) for hashtag in rule.stop[:_STOPPED])
+        facts.append(("stop list", named + (", …" if len(rule.stop) > _STOPPED else "")))
     if report.fingerprint:
         facts.append(("source", report.fingerprint))
     return section("origin", "Where it is from", definitions(facts, style="facts"))

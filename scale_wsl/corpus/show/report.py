@@ -75,7 +75,6 @@ class Report:
     """Of the preparation, as JSON."""
     rule: str = ""
     """Of the vocabulary, as JSON."""
-    stop: list[str] = dataclasses.field(default_factory=list)
     fingerprint: str = ""
     """Of the source, as JSON."""
 
@@ -200,7 +199,6 @@ def _take_prepared(report: Report, reader: _Reader, prepared: Any) -> None:
     recipe = inside(whole, "recipe")
     settings = list(inside(recipe, "recipe", "settings").items())[:_MOST_REASONS]
     report.settings = {clean(key, 60): _short_json(value) for key, value in settings}
-    report.stop = reader.texts(recipe.get("stop", []), ("recipe", "stop"))
     rule, fingerprint = recipe.get("rule"), recipe.get("fingerprint")
     report.rule, report.fingerprint = (_short_json(value) if value else "" for value in (rule, fingerprint))
 

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scale_wsl.corpus.prepare import prepare
 from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.corpus.show import write_page
 from scale_wsl.corpus.show.markup import clean
 from scale_wsl.errors import UserError
 from scale_wsl.hashtags import Entry, Vocabulary, WordNet
 from tests.corpus.show.data import BEAR, HOSTILE, hostile, rows, vocabulary, write
+from tests.corpus.toy import CONFIG, ToySource
 
 VOID = {"meta", "link", "input", "img"}
 TAGS = """
@@ -215,6 +217,12 @@ def test_what_was_left_out_is_told(emoji_corpus: Path, tmp_path: Path) -> None:
     assert f"no noun synset| {report['vocabulary']['dropped_hashtags']['no noun synset']:,} distinct" in words
     assert "OpenMoji" in words
     assert len(page.text) < 5_000_000
+
+
+def test_the_stop_list_is_that_of_the_vocabulary(tmp_path: Path) -> None:
+    made = prepare(ToySource(), tmp_path / "out", CONFIG)
+    words = shown(made.train, tmp_path, samples=0).words
+    assert words[words.index("stop list") + 1] == "horse"
 
 
 def test_coverage_and_hashtags_without_a_place_are_worded(toy: Path, tmp_path: Path) -> None:
