@@ -2,6 +2,7 @@
 
 scale-wsl prepare emoji
 scale-wsl prepare photos/ --out data/photos prepare.min_count=20
+scale-wsl corpus show data/emoji
 scale-wsl vocab explain brownbear --vocabulary data/emoji
 scale-wsl track replay runs/emoji
 scale-wsl checkpoint export runs/emoji --out exported
@@ -10,7 +11,6 @@ scale-wsl checkpoint export runs/emoji --out exported
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
 import logging
 import signal
@@ -21,18 +21,20 @@ from types import FrameType
 from typing import Any
 
 from scale_wsl.commands import checkpoint, corpus, nothing_else
+from scale_wsl.commands.sources import source_recipe
 from scale_wsl.errors import UserError
-from scale_wsl.recipe import describe, load_recipe, section
+from scale_wsl.recipe import describe
 from scale_wsl.training.failure import exit_code_of
 
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Prepare hashtagged images for pretraining, look at vocabularies, send what MLflow missed, look at, check and export
-checkpoints. Training itself is recipes/pretrain.py.
+Prepare hashtagged images for pretraining, look at them and at vocabularies, send what MLflow missed, look at, check and
+export checkpoints. Training itself is recipes/pretrain.py.
 
   scale-wsl prepare emoji
   scale-wsl prepare photos/ --out data/photos prepare.min_count=20
+  scale-wsl corpus show data/emoji
   scale-wsl vocab explain brownbear --vocabulary data/emoji
   scale-wsl track replay runs/emoji
   scale-wsl checkpoint export runs/emoji --out exported
@@ -71,23 +73,16 @@ def _parser() -> argparse.ArgumentParser:
 # --- prepare -----------------------------------------------------------------------------------------------------
 
 
-def _prepare_recipe(source: type[Any]) -> type[Any]:
-    """The recipe of a preparation: the options of that source beside those of `prepare`."""
-    from scale_wsl.corpus.prepare import PrepareConfig
-
-    fields = [("source", source, section(source)), ("prepare", PrepareConfig, section(PrepareConfig))]
-    return dataclasses.make_dataclass("PrepareRecipe", fields, frozen=True, kw_only=True)
-
-
 class _PrepareHelp(argparse.Action):
     """Prints every setting of every source; they are gathered only when somebody asks."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from scale_wsl.corpus.execution import Workers
         from scale_wsl.corpus.prepare import PrepareConfig
         from scale_wsl.corpus.sources import SOURCES
 
         parser.print_help()
-        print(f"\n{describe(PrepareConfig, 'prepare.')}")
+        print(f"\n{describe(PrepareConfig, 'prepare.')}\n\n{describe(Workers, 'workers.')}")
         for name, source in SOURCES.items():
             print(f"\nsource {name}: {inspect.cleandoc(source.__doc__ or '')}")
             print(describe(source, "source."))
@@ -113,14 +108,13 @@ def _add_prepare(commands: Any) -> None:
 def _prepare(arguments: argparse.Namespace, extra: list[str]) -> None:
     options = [word for word in extra if word.startswith("-")]
     nothing_else(options)  # settings may follow options: argparse leaves those to `extra`
-    from scale_wsl.corpus.prepare import prepare
-    from scale_wsl.corpus.sources import SOURCES, source_class
+    from scale_wsl.corpus.execution import Workers
+    from scale_wsl.corpus.prepare import PrepareConfig, prepare
 
-    cls = source_class(arguments.source)
-    path = [] if arguments.source in SOURCES else [f"source.path={arguments.source}"]
-    recipe = load_recipe(_prepare_recipe(cls), overrides=[*path, *arguments.settings, *extra])
+    sections = {"prepare": PrepareConfig, "workers": Workers}
+    recipe = source_recipe(arguments.source, sections, [*arguments.settings, *extra])
     out = arguments.out or Path("data") / recipe.source.name
-    prepared = prepare(recipe.source, out, recipe.prepare, overwrite=arguments.overwrite)
+    prepared = prepare(recipe.source, out, recipe.prepare, workers=recipe.workers, overwrite=arguments.overwrite)
     print(prepared.summary())
     if prepared.reused:
         print(f"{out} was prepared before: nothing to do")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ def add(commands: Any) -> None:
     """Add the subcommand."""
     parser = commands.add_parser("corpus", help="look at data sets, plan what to train on", allow_abbrev=False)
     actions = parser.add_subparsers(required=True, metavar="ACTION")
+    _add_show(actions)
+    _add_label(actions)
     _add_subset(actions)
     _add_resample(actions)
 
@@ -57,6 +60,79 @@ def _view(arguments: argparse.Namespace, dataset: Dataset, images: str | None) -
         noise_seed=arguments.noise_seed,
     )
     return view_of(dataset, spec, progress=True)
+
+
+# --- show --------------------------------------------------------------------------------------------------------
+
+
+def _add_show(actions: Any) -> None:
+    show = actions.add_parser(
+        "show",
+        help="make a page that shows a data set",
+        description="Make one HTML file that shows a data set: sample images, how frequent hashtags are, which of them "
+        "are on the same images, what was merged, what is ambiguous and what was left out. It needs no network and no "
+        "other file, and by default stays below about 5 MB however large the data set is.",
+        allow_abbrev=False,
+    )
+    show.add_argument("data", type=Path, metavar="DATA", help="what prepare has made, or one data set in it")
+    show.add_argument("--out", type=Path, metavar="FILE", help="the page; default: <DATA>.html beside DATA")
+    show.add_argument("--samples", type=int, default=48, metavar="N", help="images drawn from each data set (48)")
+    show.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (0)")
+    show.add_argument("--open", action="store_true", help="open the page in the browser")
+    show.set_defaults(run=_show)
+
+
+def _show(arguments: argparse.Namespace, extra: list[str]) -> None:
+    nothing_else(extra)
+    from scale_wsl.corpus.show import write_page
+
+    data = Path(os.path.abspath(arguments.data))
+    out = arguments.out or data.parent / f"{data.name or 'page'}.html"
+    page = write_page(arguments.data, out, samples=arguments.samples, seed=arguments.seed)
+    print(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
+    if arguments.open:
+        import webbrowser
+
+        if not webbrowser.open(page.absolute().as_uri()):
+            print("no browser was found: open the file yourself")
+
+
+# --- label ---------------------------------------------------------------------------------------------------------
+
+
+def _add_label(actions: Any) -> None:
+    parser = actions.add_parser(
+        "label",
+        help="write the posts of a table that have a label",
+        description="Write the posts of a table that have a label in a vocabulary, as Parquet, without a look at any "
+        "image: what scale-wsl download then fetches. A run that was killed goes on.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("posts", metavar="POSTS", help="a table: a file, a folder, a pattern, or an address of one")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="source.* and workers.*, as of scale-wsl prepare"
+    )
+    parser.add_argument("--vocabulary", type=Path, required=True, metavar="FILE", help="as vocab build has made it")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to")
+    parser.add_argument("--overwrite", action="store_true", help="replace the posts of another table or vocabulary")
+    parser.set_defaults(run=_label)
+
+
+def _label(arguments: argparse.Namespace, extra: list[str]) -> None:
+    nothing_else([word for word in extra if word.startswith("-")])
+    from scale_wsl.commands.sources import source_and_workers
+    from scale_wsl.corpus.counting import label_posts
+    from scale_wsl.corpus.sources import TableSource
+
+    source, workers = source_and_workers(arguments.posts, [*arguments.settings, *extra])
+    if not isinstance(source, TableSource):
+        raise UserError(f"{arguments.posts} is no table, whose posts could be labelled without a look at the images")
+    figures = label_posts(source, arguments.vocabulary, arguments.out, workers=workers, overwrite=arguments.overwrite)
+    share = figures["kept"] / max(figures["posts"], 1)
+    print(
+        f"{figures['posts']:,} posts, {figures['rejected']:,} of them rejected; {figures['kept']:,} ({share:.1%}) have a "
+        f"label: {arguments.out}"
+    )
 
 
 # --- subset ------------------------------------------------------------------------------------------------------

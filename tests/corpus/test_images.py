@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scale_wsl.corpus.images import EXTENSIONS, LARGEST_MAX_PIXELS, SIDE, RefusedImage, look
+from scale_wsl.corpus.images import EXTENSIONS, LARGEST_MAX_PIXELS, SIDE, RefusedImage, look, small_picture
 from scale_wsl.loading import decode
 from tests.loading.fakes import encode
 
@@ -106,3 +107,60 @@ def test_what_is_looked_at_the_loader_decodes() -> None:
         image.save(buffer, kind)
         seen = look(buffer.getvalue(), LIMIT)
         assert decode.decode(buffer.getvalue(), LIMIT).size == (seen.width, seen.height)
+
+
+@pytest.mark.parametrize("kind", EXTENSIONS)
+def test_a_small_picture_is_the_loaders_image_shrunk(kind: str) -> None:
+    data = encode(scene(400, 300), kind, **({"quality": 95} if kind == "JPEG" else {}))
+    small = small_picture(data, LIMIT, 80)
+    assert (small.mode, small.size) == ("RGB", (80, 60))
+    whole = decode.decode(data, LIMIT).resize((80, 60), Image.Resampling.LANCZOS)
+    assert np.abs(np.asarray(small, int) - np.asarray(whole, int)).mean() < 3
+
+
+def test_a_small_picture_of_a_small_or_a_thin_image_keeps_its_proportions() -> None:
+    assert small_picture(encode(scene(20, 10)), LIMIT, 80).size == (20, 10)
+    assert small_picture(encode(scene(900, 2)), LIMIT, 80).size == (80, 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_small_picture_is_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(scene(160, 120), "JPEG", quality=95, exif=exif)
+    upright = decode.decode(data, LIMIT)
+    upright.thumbnail((80, 80))
+    small = small_picture(data, LIMIT, 80)
+    assert small.size == upright.size
+    assert np.abs(np.asarray(small, int) - np.asarray(upright, int)).mean() < 6
+
+
+def test_a_small_picture_shows_white_through_and_scales_sixteen_bits() -> None:
+    drawing = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    drawing.paste((255, 0, 0, 255), (0, 0, 32, 64))
+    small = np.asarray(small_picture(encode(drawing), LIMIT, 32))
+    assert small[16, 4].tolist() == [255, 0, 0]
+    assert small[16, 28].tolist() == [255, 255, 255]
+    grey = Image.fromarray(np.tile(np.arange(64, dtype=np.uint16) * 1000, (64, 1)))
+    assert (np.diff(np.asarray(small_picture(encode(grey), LIMIT, 64), int)[:, :, 0], axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("kind", EXTENSIONS)
+def test_no_small_picture_of_a_damaged_or_large_file(kind: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    data = encode(Image.fromarray(pixels), kind)
+    for damaged, limit, reason in ((data[: len(data) // 2], LIMIT, "undecodable"), (data, 4095, "too many pixels")):
+        with pytest.raises(RefusedImage) as refused:
+            small_picture(damaged, limit, 32)
+        assert refused.value.reason == reason
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(EXTENSIONS)), st.data())
+def test_a_small_picture_of_any_bytes_is_made_or_refused(kind: str, data: st.DataObject) -> None:
+    content = bytearray(encode(scene(), kind))
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=5)):
+        content[place] = data.draw(st.integers(0, 255))
+    with warnings.catch_warnings(), contextlib.suppress(RefusedImage):
+        warnings.simplefilter("ignore")
+        assert max(small_picture(bytes(content), LIMIT, 32).size) <= 32

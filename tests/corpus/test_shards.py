@@ -18,9 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scale_wsl.corpus.shards import Dataset, ShardWriter, find_dataset
+from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.errors import UserError
 from scale_wsl.hashtags import Vocabulary, WordNet
+from tests.corpus.writing import write_dataset
 
 POSTS = [("cat", "dog"), ("cat",), ("cat", "fish", "dog"), ("bird",), ("bird", "cat")]
 VOCABULARY, _ = Vocabulary.build(POSTS, WordNet.load())
@@ -37,11 +38,7 @@ RECORDS = [
 
 
 def write(folder: Path, records_per_shard: int = 4) -> Path:
-    folder.mkdir(parents=True)
-    with ShardWriter(folder, VOCABULARY, records_per_shard=records_per_shard) as writer:
-        for key, extension, image, hashtags, labels in RECORDS:
-            writer.add(key, extension, image, hashtags, np.array(labels, np.int32))
-        name = writer.close("train", "toy", {"licence": "none"})
+    name = write_dataset(folder, RECORDS, VOCABULARY, records_per_shard=records_per_shard)
     assert str(name) == "train-toy-11-4"
     return folder
 

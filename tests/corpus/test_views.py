@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from scale_wsl.corpus import views
 from scale_wsl.corpus.keyhash import text_hashes, uniform
-from scale_wsl.corpus.shards import Dataset, ShardWriter
+from scale_wsl.corpus.shards import Dataset
 from scale_wsl.corpus.views import Images, View, ViewSpec, first_in_line, view_of, wanted_images
 from scale_wsl.errors import UserError
 from scale_wsl.hashtags import Vocabulary, WordNet
 from scale_wsl.randomness import derived_seed
 from tests.corpus.test_keyhash import mix, reference
+from tests.corpus.writing import write_dataset
 from tests.loading.batches import order_of, take
 from tests.loading.fakes import encode, zipf_rows
 
@@ -46,11 +47,8 @@ def write(vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> C
 
     def write(numbers: Sequence[int], records_per_shard: int = 64, role: str = "train") -> Dataset:
         folder = tmp_path_factory.mktemp("data")
-        with ShardWriter(folder, vocabulary, records_per_shard=records_per_shard) as writer:
-            for i in numbers:
-                image = encode(np.full((2, 2, 3), i % 256, np.uint8))
-                writer.add(key(i), "png", image, [], np.array(ROWS[i], np.int32))
-            writer.close(role, "toy", {})
+        records = [(key(i), "png", encode(np.full((2, 2, 3), i % 256, np.uint8)), (), ROWS[i]) for i in numbers]
+        write_dataset(folder, records, vocabulary, records_per_shard=records_per_shard, role=role)
         return Dataset.open(folder)
 
     return write
