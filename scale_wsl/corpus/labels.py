@@ -21,13 +21,7 @@ def label_ids(hashtags: Iterable[str], vocabulary: Vocabulary, wordnet: WordNet)
 
     The training target puts the mass 1/k on each of them (k-hot, Mahajan et al. 2018, section 2), so two spellings
     of one canonical hashtag are one label, not two. A spelling that the vocabulary never saw has the label of its
-    synsets, unless it is on the stop list.
+    synsets, unless it is on the stop list or outside the vocabulary's rule.
     """
-    found = {index for hashtag in hashtags if (index := _index(hashtag, vocabulary, wordnet)) is not None}
+    found = {index for hashtag in hashtags if (index := vocabulary.label(hashtag, wordnet)) is not None}
     return np.array(sorted(found), np.int32)
-
-
-def _index(hashtag: str, vocabulary: Vocabulary, wordnet: WordNet) -> int | None:
-    if (index := vocabulary.index(hashtag)) is not None or hashtag in vocabulary.stop:
-        return index
-    return vocabulary.index_of_synsets(wordnet.synsets(hashtag))

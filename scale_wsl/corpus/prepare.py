@@ -35,7 +35,7 @@ from scale_wsl.corpus.posts import Source
 from scale_wsl.corpus.shards import Dataset, ShardWriter
 from scale_wsl.errors import UserError
 from scale_wsl.files import published_folder, sync_folder
-from scale_wsl.hashtags import Vocabulary, WordNet
+from scale_wsl.hashtags import Vocabulary, VocabularyRule, WordNet
 from scale_wsl.randomness import generator
 from scale_wsl.recipe import setting
 
@@ -281,9 +281,9 @@ def _fill(folder: Path, source: Source, config: PrepareConfig, recipe: Mapping[s
     vocabulary, counted = Vocabulary.build(
         (record.normalised for record in sides["train"]),
         wordnet,
+        VocabularyRule(stop=source.stop),
         min_count=config.min_count,
         size=config.size,
-        stop=source.stop,
     )
     if not vocabulary.entries:
         raise UserError(

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from scale_wsl.hashtags.counts import HashtagCounts
 from scale_wsl.hashtags.explain import explain
 from scale_wsl.hashtags.normalize import normalize, normalize_all
-from scale_wsl.hashtags.vocabulary import Entry, Vocabulary, VocabularyReport
+from scale_wsl.hashtags.report import Coverage, VocabularyReport
+from scale_wsl.hashtags.rules import Candidates, VocabularyRule
+from scale_wsl.hashtags.tally import Tally
+from scale_wsl.hashtags.vocabulary import Entry, Vocabulary
 from scale_wsl.hashtags.wordnet import WordNet
 
-__all__ = ["Entry", "Vocabulary", "VocabularyReport", "WordNet", "explain", "normalize", "normalize_all"]
+__all__ = [
+    "Candidates",
+    "Coverage",
+    "Entry",
+    "HashtagCounts",
+    "Tally",
+    "Vocabulary",
+    "VocabularyReport",
+    "VocabularyRule",
+    "WordNet",
+    "explain",
+    "normalize",
+    "normalize_all",
+]

@@ -10,24 +10,36 @@ from typing import TYPE_CHECKING
 from scale_wsl.hashtags.normalize import examine, normalize
 
 if TYPE_CHECKING:
+    from scale_wsl.hashtags.rules import Candidates
     from scale_wsl.hashtags.vocabulary import Vocabulary
     from scale_wsl.hashtags.wordnet import Reading, WordNet
 
 __all__ = ["explain"]
 
 
-def explain(text: str, wordnet: WordNet, vocabulary: Vocabulary | None = None) -> str:
-    """Normal form, how WordNet reads it, its synsets, what it merges with, and its place in a vocabulary, if given.
+def explain(
+    text: str, wordnet: WordNet, vocabulary: Vocabulary | None = None, candidates: Candidates | None = None
+) -> str:
+    """Normal form, how WordNet reads it, its synsets, what it merges with, a rule's verdict, and its place.
 
-    Lines of text without a final newline; `text` is whatever the user typed, shown with its control characters escaped.
+    Args:
+        text: Whatever the user typed; shown with its control characters escaped.
+        wordnet: What leads it to its synsets.
+        vocabulary: What to look for its place in, if anything.
+        candidates: What to ask for a verdict: those of the vocabulary's rule, unless its list is out of reach.
+
+    Returns:
+        Lines of text without a final newline.
     """
     hashtag, reason = examine(text)
     if hashtag is None:
         return f"{_shown(text)} is not a hashtag: {reason}"
     reading = wordnet.read(hashtag)
     lines = [f"{_shown(text)} -> {hashtag}", *_wordnet_lines(reading, wordnet)]
+    if candidates is not None:
+        lines.append(f"rule        {_rule(candidates)}: {candidates.verdict(hashtag)}")
     if vocabulary is not None:
-        lines.append(f"vocabulary  {_place(reading, vocabulary)}")
+        lines.append(f"vocabulary  {_place(reading, wordnet, vocabulary, candidates)}")
     return "\n".join(lines)
 
 
@@ -52,7 +64,13 @@ def _wordnet_lines(reading: Reading, wordnet: WordNet) -> list[str]:
     return lines
 
 
-def _place(reading: Reading, vocabulary: Vocabulary) -> str:
+def _rule(candidates: Candidates) -> str:
+    rule = candidates.rule
+    spec = rule.spec if rule.spec.isprintable() else repr(rule.spec)
+    return f"{spec} under {', '.join(rule.under)}" if rule.under else spec
+
+
+def _place(reading: Reading, wordnet: WordNet, vocabulary: Vocabulary, candidates: Candidates | None) -> str:
     hashtag = reading.hashtag
     if (index := vocabulary.index(hashtag)) is not None:
         entry = vocabulary.entries[index]
@@ -60,11 +78,15 @@ def _place(reading: Reading, vocabulary: Vocabulary) -> str:
         return f"#{entry.hashtag}, index {index} of {len(vocabulary)}, on {_images(entry.count)}{merged}"
     if hashtag in vocabulary.stop:
         return "no place: it is on the stop list"
-    if not reading.synsets:
-        return "no place: no noun synset"
-    if (index := vocabulary.index_of_synsets(reading.synsets)) is not None:
+    if (index := vocabulary.label(hashtag, wordnet)) is not None:
         entry = vocabulary.entries[index]
         return f"no place: no image had it in this spelling; the same senses are #{entry.hashtag}, index {index}"
+    if candidates is not None and (reason := candidates.reason(hashtag)):
+        return f"no place: {reason}"
+    if candidates is None and not reading.synsets:
+        return "no place: no noun synset"
+    if candidates is None and vocabulary.rule.sha256:
+        return "no place: it is outside the rule, or was cut; the rule's list, which could tell, is not at hand"
     if vocabulary.size is not None and len(vocabulary) == vocabulary.size:
         last = vocabulary.entries[-1]
         return (

@@ -16,7 +16,7 @@ import re
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -73,9 +73,11 @@ class WordNet:
         self.corpus = corpus
         spellings: defaultdict[str, list[str]] = defaultdict(list)
         offsets: defaultdict[str, set[str]] = defaultdict(set)
-        everything: set[str] = set()
-        for lemma, wnids in _read_index(corpus / "index.noun"):
-            everything.update(wnids)
+        everything: dict[str, str] = {}
+        self._senses: dict[str, tuple[str, ...]] = {}
+        for lemma, listed in _read_index(corpus / "index.noun"):
+            wnids = tuple(everything.setdefault(wnid, wnid) for wnid in listed)  # one string for each synset
+            self._senses[lemma] = wnids
             # A lemma without a letter ("24/7") is no hashtag.
             if (hashtag := normalize(lemma)) is not None:
                 spellings[hashtag].append(lemma)
@@ -85,6 +87,7 @@ class WordNet:
         self._spellings = {hashtag: tuple(lemmas) for hashtag, lemmas in spellings.items()}
         self._irregular, self._irregular_words = _read_exceptions(corpus / "noun.exc")
         self._reader: tuple[int, Any] | None = None
+        self._hyponyms: Mapping[str, tuple[str, ...]] | None = None
         self.wnids = frozenset(everything)
 
     def __reduce__(self) -> tuple[type[WordNet], tuple[Path]]:
@@ -113,6 +116,18 @@ class WordNet:
     def spellings(self, hashtag: str) -> tuple[str, ...]:
         """The lemmas of index.noun with this normal form, lower case as there: ("ice-cream", "ice_cream")."""
         return self._spellings.get(hashtag, ())
+
+    def first_sense(self, hashtag: str) -> str:
+        """WNID of the first noun sense of a hashtag that is a lemma: WordNet's most frequent one, listed first.
+
+        Where several spellings share the hashtag, the one that index.noun has first decides. That matters little: of
+        the 1,108 such hashtags, `ashcan` and `walkingstick` alone have a spelling whose first sense is a class of
+        ImageNet-1k beside one whose first sense is none.
+
+        Raises:
+            KeyError: The hashtag is no lemma.
+        """
+        return self._senses[self._spellings[hashtag][0]][0]
 
     def read(self, hashtag: str) -> Reading:
         """Lead a normalised hashtag back to lemmas by WordNet's own morphology, on forms joined without spaces.
@@ -173,9 +188,43 @@ class WordNet:
             waiting.extend(above)
         return frozenset(found)
 
-    def _synset(self, wnid: str) -> Any:
+    def descendants(self, wnid: str) -> frozenset[str]:
+        """WNIDs of a synset and of every one below it, instances too: the inverse of `ancestors`.
+
+        Comes from data.noun itself, read once (a second or two): NLTK would take ten.
+        """
+        self._known(wnid)
+        if self._hyponyms is None:
+            self._hyponyms = _read_hyponyms(self.corpus / "data.noun")
+        found = {wnid}
+        waiting = [wnid]
+        while waiting:
+            below = set(self._hyponyms.get(waiting.pop(), ())) - found
+            found |= below
+            waiting.extend(below)
+        return frozenset(found)
+
+    def resolve(self, name: str) -> str:
+        """The WNID that a user means by `n01861778` or, as NLTK names synsets, by `mammal.n.01`: its first sense.
+
+        Raises:
+            UserError: There is no such noun synset.
+        """
+        if name in self.wnids:
+            return name
+        lemma, _, number = name.lower().rpartition(".n.")
+        senses = self._senses.get(lemma.replace(" ", "_"), ())
+        if re.fullmatch("[0-9]{1,4}", number, re.ASCII) and 1 <= int(number) <= len(senses):
+            return senses[int(number) - 1]
+        has = f"; {lemma} has {len(senses)} noun senses" if senses else ""
+        raise UserError(f"{name!r} is no noun synset of WordNet 3.0, such as animal.n.01 or n00015388{has}")
+
+    def _known(self, wnid: str) -> None:
         if wnid not in self.wnids:
             raise UserError(f"{wnid!r} is no noun synset of WordNet 3.0; an id looks like n02132136")
+
+    def _synset(self, wnid: str) -> Any:
+        self._known(wnid)
         return self.reader.synset_from_pos_and_offset("n", int(wnid[1:]))
 
     @property
@@ -262,6 +311,23 @@ def _read_index(path: Path) -> Iterator[tuple[str, list[str]]]:
             if not line.startswith(" "):
                 fields = line.split()  # lemma pos synset_count ... offset*synset_count
                 yield fields[0], [f"n{offset}" for offset in fields[-int(fields[2]) :]]
+
+
+def _read_hyponyms(path: Path) -> dict[str, tuple[str, ...]]:
+    """WNID -> WNIDs directly below, of data.noun's pointers `~` (hyponym) and `~i` (instance hyponym), as wndb(5WN)."""
+    found: dict[str, tuple[str, ...]] = {}
+    with path.open(encoding="ascii") as lines:
+        for line in lines:
+            if not line.startswith(" "):
+                fields = (
+                    line.split()
+                )  # offset file type words(hex) (word lex_id)*words pointers (pointer offset pos at)*
+                first = 4 + 2 * int(fields[3], 16)
+                pointers = fields[first + 1 : first + 1 + 4 * int(fields[first])]
+                below = zip(pointers[::4], pointers[1::4], strict=True)
+                if wnids := tuple(f"n{offset}" for pointer, offset in below if pointer in ("~", "~i")):
+                    found[f"n{fields[0]}"] = wnids
+    return found
 
 
 def _read_exceptions(path: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
