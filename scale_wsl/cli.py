@@ -28,8 +28,8 @@ from scale_wsl.training.failure import exit_code_of
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Prepare hashtagged images for pretraining, build and look at vocabularies, send what MLflow missed, look at, check and export
-checkpoints. Training itself is recipes/pretrain.py.
+Prepare hashtagged images for pretraining, build and look at vocabularies, send what MLflow missed, look at, check and
+export checkpoints. Training itself is recipes/pretrain.py.
 
   scale-wsl prepare emoji
   scale-wsl prepare photos/ --out data/photos prepare.min_count=20

@@ -28,9 +28,9 @@ def add(commands: Any) -> None:
     build = actions.add_parser(
         "build",
         help="count the hashtags of posts and make a vocabulary of them",
-        description="Count the hashtags of posts, without looking at an image, and publish the vocabulary of those that "
-        "have a place, and a report beside it. Settings of the source, such as source.hashtags=COLUMN, are those that "
-        "scale-wsl prepare --help lists.",
+        description="Count the hashtags of posts, without looking at an image, and publish the vocabulary of those "
+        "that have a place, and a report beside it. Settings of the source, such as source.hashtags=COLUMN, are those "
+        "that scale-wsl prepare --help lists.",
         allow_abbrev=False,
     )
     build.add_argument("posts", help="a table or a folder of your own, emoji, or openclipart")
@@ -73,8 +73,8 @@ def add(commands: Any) -> None:
     diff = actions.add_parser(
         "diff",
         help="compare two",
-        description="Say what is different between two vocabularies: labels added and removed, of other synsets, renamed, "
-        "moved in rank, counted differently or with other spellings.",
+        description="Say what is different between two vocabularies: labels added and removed, of other synsets, "
+        "renamed, moved in rank, counted differently or with other spellings.",
         allow_abbrev=False,
     )
     diff.add_argument("first", type=Path, metavar="A", help=_VOCABULARY)
@@ -84,8 +84,8 @@ def add(commands: Any) -> None:
     rules = actions.add_parser(
         "rules",
         help="say how large vocabularies can get",
-        description="Say how many hashtags each rule gives a place, before any post is counted: lemmas of WordNet and the "
-        "user's own, without inflected forms; and how many labels they merge into.",
+        description="Say how many hashtags each rule gives a place, before any post is counted: lemmas of WordNet and "
+        "the user's own, without inflected forms; and how many labels they merge into.",
         allow_abbrev=False,
     )
     rules.add_argument("rule", nargs="+", metavar="RULE", help="such as in1k in1k:any noun list:FILE")
@@ -142,9 +142,7 @@ def _build(arguments: argparse.Namespace, extra: list[str]) -> None:
     report.save(report_file, vocabulary.hash)
     vocabulary.save(arguments.out)
     print(report.summary())
-    print(
-        f"{arguments.out}: {len(vocabulary):,} labels, {vocabulary.hash[:12]}; what became of the rest: {report_file}"
-    )
+    print(f"{arguments.out}: {len(vocabulary):,} labels, {vocabulary.hash[:12]}; the rest is in {report_file}")
 
 
 def _show(arguments: argparse.Namespace, extra: list[str]) -> None:

@@ -77,21 +77,13 @@ def compare(first: Vocabulary, second: Vocabulary) -> Comparison:
         for index, entry in enumerate(first.entries)
         if (other := second.index_of_key(entry.key)) is not None
     ]
-    kept, found = {i for i, _ in both}, {j for _, j in both}
-    gone = [(i, entry) for i, entry in enumerate(first.entries) if i not in kept]
-    come = [(j, entry) for j, entry in enumerate(second.entries) if j not in found]
-    other_synsets = [
-        (first.entries[i], entry)
-        for _, entry in come
-        for i in dict.fromkeys(i for hashtag in entry.raw if (i := first.index(hashtag)) is not None)
-    ]
-    other_synsets += [
-        (entry, second.entries[j])
-        for _, entry in gone
-        for j in dict.fromkeys(j for hashtag in entry.raw if (j := second.index(hashtag)) is not None)
-        if (entry, second.entries[j]) not in other_synsets
-    ]
-    changed = {entry.key for pair in other_synsets for entry in pair}
+    others: dict[tuple[int, int], None] = {}
+    for i, entry in enumerate(first.entries):
+        for hashtag in entry.raw:
+            j = second.index(hashtag)
+            if j is not None and second.entries[j].key != entry.key:
+                others[i, j] = None
+    old, new = {i for i, _ in (*both, *others)}, {j for _, j in (*both, *others)}
 
     def differing(pairs: Iterable[tuple[int, int]], field: str) -> list[tuple[int, int]]:
         return [(i, j) for i, j in pairs if getattr(first.entries[i], field) != getattr(second.entries[j], field)]
@@ -102,9 +94,9 @@ def compare(first: Vocabulary, second: Vocabulary) -> Comparison:
     return Comparison(
         first,
         second,
-        added=tuple(entry for _, entry in come if entry.key not in changed),
-        removed=tuple(entry for _, entry in gone if entry.key not in changed),
-        other_synsets=tuple(other_synsets),
+        added=tuple(entry for j, entry in enumerate(second.entries) if j not in new),
+        removed=tuple(entry for i, entry in enumerate(first.entries) if i not in old),
+        other_synsets=tuple((first.entries[i], second.entries[j]) for i, j in others),
         renamed=tuple(differing(both, "hashtag")),
         moved=tuple(sorted((pair for pair in both if pair[0] != pair[1]), key=lambda pair: -abs(pair[0] - pair[1]))),
         recounted=tuple(sorted(differing(both, "count"), key=change)),

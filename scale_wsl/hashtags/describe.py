@@ -46,7 +46,7 @@ def describe(vocabulary: Vocabulary, coverage: Coverage | None = None, top: int 
 
 
 def table(vocabulary: Vocabulary) -> str:
-    """Every label as tab-separated values with a header: index, hashtag, count, synsets, spellings (space-separated)."""
+    """Every label as tab-separated values under a header; synsets and spellings are joined by spaces."""
     rows = (
         f"{index}\t{entry.hashtag}\t{entry.count}\t{' '.join(entry.synsets)}\t{' '.join(entry.raw)}\n"
         for index, entry in enumerate(vocabulary.entries)
@@ -55,14 +55,16 @@ def table(vocabulary: Vocabulary) -> str:
 
 
 def rule_sizes(rules: Iterable[Candidates]) -> str:
-    """A table with a line for each rule: hashtags that have a place, labels that they merge into, ambiguous ones."""
+    """A table with a line for each rule: hashtags with a place, labels they merge into, ambiguous ones of both."""
     lines = [f"{'rule':<24} {'hashtags':>9} {'labels':>9} {'ambiguous':>20}"]
     for candidates in rules:
         keys = [candidates.key(hashtag) for hashtag in candidates.hashtags]
         labels = set(keys)
         ambiguous = f"{sum(' ' in key for key in keys):,} / {sum(' ' in key for key in labels):,}"
-        spec = candidates.rule.spec if candidates.rule.spec.isprintable() else repr(candidates.rule.spec)
-        lines.append(f"{spec:<24} {len(keys):>9,} {len(labels):>9,} {ambiguous:>20}")
+        rule = candidates.rule
+        spec = rule.spec if rule.spec.isprintable() else repr(rule.spec)
+        kept = f"  {rule.size:,} are kept" if rule.size is not None and rule.size < len(labels) else ""
+        lines.append(f"{spec:<24} {len(keys):>9,} {len(labels):>9,} {ambiguous:>20}{kept}")
     return "\n".join(lines)
 
 

@@ -160,6 +160,43 @@ def test_any_text_can_be_looked_up(wordnet: WordNet, text: str) -> None:
     assert wordnet.synsets(text) <= wordnet.wnids
 
 
+def test_descendants_are_nltks_closure(wordnet: WordNet) -> None:
+    animal = wordnet.resolve("animal.n.01")
+    found = wordnet.descendants(animal)
+    below = wordnet.reader.synset("animal.n.01").closure(lambda s: s.hyponyms() + s.instance_hyponyms())
+    assert found == {animal} | {f"n{synset.offset():08d}" for synset in below}
+    assert len(found) > 4000
+    assert wordnet.descendants("n00001740") == wordnet.wnids  # everything is an entity
+    assert wordnet.descendants("n02132136") >= {"n02132136"}
+    capital = wordnet.descendants("n08691669")  # has instances only
+    assert wordnet.synsets("capitaloffrance") < capital
+    for wnid in random.Random(2).sample(sorted(wordnet.wnids), 200):
+        assert (wnid in found) == (animal in wordnet.ancestors(wnid) | {wnid})
+    with pytest.raises(UserError, match="no noun synset"):
+        wordnet.descendants("n02132137")
+
+
+def test_first_senses_are_nltks_of_the_first_spelling(wordnet: WordNet) -> None:
+    for hashtag in random.Random(3).sample(sorted(wordnet.hashtags), 300):
+        spelling = wordnet.spellings(hashtag)[0]
+        assert int(wordnet.first_sense(hashtag)[1:]) == wordnet.reader._lemma_pos_offset_map[spelling]["n"][0]
+        assert spelling == min(wordnet.spellings(hashtag))  # index.noun is in the order of its bytes
+    assert wordnet.first_sense("brownbear") == "n02132136"
+    with pytest.raises(KeyError):
+        wordnet.first_sense("brownbears")
+
+
+def test_names_of_synsets_are_nltks(wordnet: WordNet) -> None:
+    for wnid in random.Random(4).sample(sorted(wordnet.wnids), 300):
+        assert wordnet.resolve(wordnet.reader.synset_from_pos_and_offset("n", int(wnid[1:])).name()) == wnid
+    assert wordnet.resolve("n02132136") == wordnet.resolve("Brown_Bear.n.01") == wordnet.resolve("brown bear.n.1")
+    for name in ("animal", "animal.n.00", "animal.n.99", "animal.v.01", "n02132137", "", ".n.", "xyzzy.n.01", "animal.n.¹"):
+        with pytest.raises(UserError, match="no noun synset"):
+            wordnet.resolve(name)
+    with pytest.raises(UserError, match="crane has 5 noun senses"):
+        wordnet.resolve("crane.n.06")
+
+
 @pytest.mark.parametrize("wnid", ["n02132137", "02132136", "n2132136", "v02132136", ""])
 def test_an_id_that_is_no_noun_synset_is_a_users_mistake(wordnet: WordNet, wnid: str) -> None:
     with pytest.raises(UserError, match="no noun synset"):
@@ -353,6 +390,7 @@ def test_the_shipped_files_are_those_rebuilt_from_wordnet_base(builder: ModuleTy
         *(f"{name}.xz" for name in rebuilt),
         "SHA256SUMS",
         "LICENSE.wordnet",
+        "imagenet1k.txt",  # not WordNet's
     }
     for name, content in rebuilt.items():  # uncompressed: another liblzma may pack otherwise
         assert lzma.decompress((DATA / f"{name}.xz").read_bytes()) == content, name
