@@ -127,7 +127,7 @@ class VocabularyRule:
         return read_classes(parts["file"]) if parts["name"] == "wnids" else imagenet_classes(parts["name"])
 
     def candidates(self, wordnet: WordNet) -> Candidates:
-        """What answers for single hashtags; takes a tenth of a second, the first with `under` a second or two.
+        """What answers for single hashtags; takes a tenth of a second.
 
         Raises:
             UserError: `under` or the list names what is no noun synset, or the list of a recorded rule cannot be read

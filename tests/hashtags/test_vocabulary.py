@@ -151,7 +151,9 @@ def test_the_hash_depends_on_order_names_and_synsets_and_on_nothing_else() -> No
         (change(ANT, hashtag="ants", raw=("ants", "ant"), count=6), BEE),
     ]:
         assert Vocabulary(entries).hash != reference.hash
-    same = Vocabulary((change(ANT, raw=("ant",), count=9), BEE), min_count=3, size=2, rule=VocabularyRule(stop=("cat",)))
+    same = Vocabulary(
+        (change(ANT, raw=("ant",), count=9), BEE), min_count=3, size=2, rule=VocabularyRule(stop=("cat",))
+    )
     assert same.hash == reference.hash
 
 
