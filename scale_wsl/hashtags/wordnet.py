@@ -17,9 +17,9 @@ import re
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +63,7 @@ class Reading:
 class WordNet:
     """The noun lookup table, ready after construction, and the synsets themselves, read when needed.
 
-    Can be pickled: the copy reads the same cache folder.
+    Nothing changes it, so whoever loads or unpickles the same cache folder in a process gets the same object.
 
     `wnids` holds the WNIDs of all 82,115 noun synsets.
 
@@ -91,11 +91,11 @@ class WordNet:
         self._reader: tuple[int, Any] | None = None
         self.wnids = frozenset(everything)
 
-    def __reduce__(self) -> tuple[type[WordNet], tuple[Path]]:
-        return type(self), (self.corpus,)
+    def __reduce__(self) -> tuple[Callable[[Path], WordNet], tuple[Path]]:
+        return _opened, (self.corpus,)
 
-    @classmethod
-    def load(cls, cache: Path | None = None) -> WordNet:
+    @staticmethod
+    def load(cache: Path | None = None) -> WordNet:
         """Open the shipped files, unpacking them first (2.9 MB to 20 MB) where the cache lacks them or is damaged.
 
         Any number of processes may do so at once. The cache is `cache_folder()` unless given.
@@ -103,7 +103,7 @@ class WordNet:
         Raises:
             UserError: The cache folder cannot be written, or the installed package itself is damaged.
         """
-        return cls(_unpacked(cache or cache_folder()))
+        return _opened(_unpacked(cache or cache_folder()))
 
     @property
     def hashtags(self) -> frozenset[str]:
@@ -246,6 +246,11 @@ class WordNet:
         if self._reader is None or self._reader[0] != os.getpid():
             self._reader = os.getpid(), _open_reader(self.corpus)
         return self._reader[1]
+
+
+@lru_cache(maxsize=2)
+def _opened(corpus: Path) -> WordNet:
+    return WordNet(corpus)  # a second or more
 
 
 def cache_folder() -> Path:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from scale_wsl.errors import UserError
 from scale_wsl.hashtags import wordnet as module
 from scale_wsl.hashtags.normalize import normalize
-from scale_wsl.hashtags.wordnet import DETACHMENTS, WordNet, cache_folder
+from scale_wsl.hashtags.wordnet import DETACHMENTS, Reading, WordNet, cache_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "scale_wsl" / "hashtags" / "data"
@@ -270,10 +270,19 @@ def test_a_forked_child_opens_a_reader_of_its_own(wordnet: WordNet) -> None:
     assert wordnet.reader is parents
 
 
-def test_a_pickled_copy_reads_the_same(wordnet: WordNet) -> None:
-    copy = pickle.loads(pickle.dumps(wordnet))  # noqa: S301 (our own bytes)
-    assert copy.corpus == wordnet.corpus
-    assert copy.read("geese") == wordnet.read("geese")
+def _look(wordnet: WordNet) -> tuple[Path, Reading, tuple[str, ...]]:
+    return wordnet.corpus, wordnet.read("geese"), wordnet.lemmas("n02132136")
+
+
+def test_a_pickled_copy_reads_the_same_in_another_process(wordnet: WordNet) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_look, (wordnet,)) == _look(wordnet)
+    assert pickle.loads(pickle.dumps(wordnet)) is WordNet.load(wordnet.corpus.parents[2])  # noqa: S301 (our own bytes)
+
+
+def test_who_loads_the_same_cache_shares_the_table(tmp_path: Path) -> None:
+    assert WordNet.load(tmp_path / "a") is WordNet.load(tmp_path / "a")
+    assert WordNet.load(tmp_path / "a") is not WordNet.load(tmp_path / "b")
 
 
 @pytest.mark.parametrize("name", ["data.noun", "index.noun", "noun.exc", "lexnames", "index.verb"])
