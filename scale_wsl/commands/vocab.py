@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ def add(commands: Any) -> None:
     build.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to, such as vocab.json")
     build.add_argument("--overwrite", action="store_true", help="replace a vocabulary that is there")
     build.add_argument(
-        "--exact-coverage",
+        "--one-pass",
         action="store_true",
-        help="read the posts once more, to count those that keep a label; without it the report gives a range",
+        help="do not read the posts once more to count those that keep a label: the report gives a range",
     )
     build.set_defaults(run=_build)
 
@@ -117,6 +118,8 @@ def _build(arguments: argparse.Namespace, extra: list[str]) -> None:
     from scale_wsl.hashtags.report import report_path
     from scale_wsl.recipe import load_recipe, section
 
+    if arguments.out.is_dir():
+        raise UserError(f"{arguments.out} is a folder: name the file to make, such as {arguments.out / 'vocab.json'}")
     report_file = report_path(arguments.out)
     if not arguments.overwrite and (taken := next((p for p in (arguments.out, report_file) if p.exists()), None)):
         raise UserError(f"{taken} is there already: choose another name, or replace it with --overwrite")
@@ -136,11 +139,14 @@ def _build(arguments: argparse.Namespace, extra: list[str]) -> None:
             f"no hashtag that has a place is on {arguments.min_count} of the {counts.posts:,} posts or more "
             "(--min-count)"
         )
-    if arguments.exact_coverage:
+    if report.coverage.covered_least < report.coverage.covered_most and not arguments.one_pass:
         coverage = report.coverage.counted(count_covered(source, vocabulary))
         report = dataclasses.replace(report, coverage=coverage)
-    report.save(report_file, vocabulary.hash)
-    vocabulary.save(arguments.out)
+    try:
+        report.save(report_file, vocabulary.hash)
+        vocabulary.save(arguments.out)
+    except OSError as error:
+        raise UserError(f"cannot write {arguments.out}: {error.strerror}") from None
     print(report.summary())
     print(f"{arguments.out}: {len(vocabulary):,} labels, {vocabulary.hash[:12]}; the rest is in {report_file}")
 
@@ -158,8 +164,12 @@ def _show(arguments: argparse.Namespace, extra: list[str]) -> None:
     if arguments.all:
         print(table(vocabulary), end="")
         return
-    beside = report_path(path)
-    coverage = VocabularyReport.load_coverage(beside, vocabulary.hash) if beside.exists() else None
+    beside, coverage = report_path(path), None
+    if beside.exists():
+        try:
+            coverage = VocabularyReport.load_coverage(beside, vocabulary.hash)
+        except UserError as error:  # the vocabulary can be shown all the same
+            print(error, file=sys.stderr)
     print(describe(vocabulary, coverage, arguments.top))
 
 

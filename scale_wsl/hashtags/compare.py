@@ -107,7 +107,7 @@ def compare(first: Vocabulary, second: Vocabulary) -> Comparison:
 def described_rule(vocabulary: Vocabulary) -> str:
     """A vocabulary's rule in a line, with nothing in it that a terminal would obey."""
     rule = vocabulary.rule
-    parts = [rule.spec if rule.spec.isprintable() else repr(rule.spec)]
+    parts = [rule.spec]
     if rule.sha256:
         parts.append(f"(list {rule.sha256[:12]})")
     if rule.under:

@@ -62,9 +62,8 @@ def rule_sizes(rules: Iterable[Candidates]) -> str:
         labels = set(keys)
         ambiguous = f"{sum(' ' in key for key in keys):,} / {sum(' ' in key for key in labels):,}"
         rule = candidates.rule
-        spec = rule.spec if rule.spec.isprintable() else repr(rule.spec)
         kept = f"  {rule.size:,} are kept" if rule.size is not None and rule.size < len(labels) else ""
-        lines.append(f"{spec:<24} {len(keys):>9,} {len(labels):>9,} {ambiguous:>20}{kept}")
+        lines.append(f"{rule.spec:<24} {len(keys):>9,} {len(labels):>9,} {ambiguous:>20}{kept}")
     return "\n".join(lines)
 
 

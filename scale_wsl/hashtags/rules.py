@@ -67,6 +67,8 @@ class VocabularyRule:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
+        if not self.spec.isprintable():  # it is shown, and written down
+            raise UserError(f"the vocabulary rule {self.spec!r} has characters that cannot be shown: rename its file")
         parts = self._parts
         set_(self, "under", tuple(sorted(set(self.under))))
         set_(self, "stop", tuple(sorted(set(self.stop))))

@@ -63,6 +63,11 @@ def test_build_show_explain_diff(folder: Path, capsys: pytest.CaptureFixture[str
     assert run(capsys, "vocab", "show", "c.json", "--all").splitlines()[2] == "1\tselfie\t4\t\tselfie"
     Path("c.report.json").unlink()
     assert "no report beside it" in run(capsys, "vocab", "show", "c.json")
+    Path("c.report.json").write_bytes(Path("b.report.json").read_bytes())
+    assert cli.main(["vocab", "show", "c.json"]) == 0
+    captured = capsys.readouterr()
+    assert "c.report.json is the report of another vocabulary" in captured.err
+    assert "#selfie" in captured.out
 
     told = run(capsys, "vocab", "explain", "dog", "ursusarctos", "--vocabulary", "b.json")
     assert "rule        in1k: outside the rule: its first sense, n02084071, is none of the 1,000 classes" in told
@@ -79,18 +84,28 @@ def test_build_show_explain_diff(folder: Path, capsys: pytest.CaptureFixture[str
     assert "equal" in run(capsys, "vocab", "diff", "a.json", "a.json")
 
 
-def test_exact_coverage_is_within_the_range(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [*BUILD, "--rule", "noun:1", "--min-count", "1", "--under", "bear.n.01"]
-    text = run(capsys, *arguments, "--under", "dog.n.01", "--out", "a.json")
-    assert "7 of them (77.8 %) with a hashtag that has a place; 7 (77.8 %) keep a label" in text
-    arguments = [*BUILD, "--rule", "noun:3", "--min-count", "1", "--stop", "cats.txt"]
-    Path("cats.txt").write_text("cat\ncats\n")
-    assert "7 of them (77.8 %) with a hashtag" in run(capsys, *arguments, "--out", "b.json")
+def test_coverage_is_counted_or_a_range(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*BUILD, "--rule", "noun:2", "--min-count", "1", "--stop", "cats.txt"]
+    Path("cats.txt").write_text("cat\ncats\nbrownbear\n")
+    text = run(capsys, *arguments, "--one-pass", "--out", "a.json")
+    assert "6 of them (66.7 %) with a hashtag that has a place; 6 (66.7 %) keep a label" in text  # nothing to count
+    Path("cats.txt").write_text("cat\ncats\nbrownbear\nursusarctos\n")
+    Path("more.jsonl").write_text('{"picture": "x.png", "tags": ["table"]}\n' + Path("posts.jsonl").read_text())
+    arguments[2] = "more.jsonl"
+    text = run(capsys, *arguments, "--one-pass", "--out", "b.json")
+    assert "6 of them (60.0 %) with a hashtag that has a place; 5 to 6 (50.0 % to 60.0 %) keep a label" in text
     Path("c.json").write_text("in the way")
     assert "c.json is there already" in mistake(capsys, *arguments, "--out", "c.json")
-    text = run(capsys, *arguments, "--exact-coverage", "--overwrite", "--out", "c.json")
-    assert "7 (77.8 %) keep a label after the cuts" in text
+    text = run(capsys, *arguments, "--overwrite", "--out", "c.json")
+    assert "6 (60.0 %) keep a label after the cuts" in text
     assert Path("b.json").read_bytes() == Path("c.json").read_bytes()
+
+
+def test_posts_under_synsets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    under = ["--under", "bear.n.01", "--under", "dog.n.01"]
+    text = run(capsys, *BUILD, "--min-count", "1", *under, "--out", "a.json")
+    assert "7 of them (77.8 %) with a hashtag that has a place; 7 (77.8 %) keep a label" in text
+    assert [entry.hashtag for entry in Vocabulary.load("a.json").entries] == ["brownbear", "dog"]
 
 
 def test_equal_posts_give_equal_bytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +129,8 @@ def test_rules(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([*BUILD, "--out", "v.json", "--stop", "gone.txt"], "cannot read the stop list gone.txt"),
         ([*BUILD, "--out", "v.json", "--min-count", "0"], "--min-count is 0"),
         ([*BUILD, "--out", "v.json", "--min-count", "99"], "is on 99 of the 9 posts or more (--min-count)"),
+        ([*BUILD, "--out", "."], "is a folder"),
+        ([*BUILD, "--out", "own.txt/v.json"], "cannot write own.txt/v.json: "),
         ([*BUILD, "--out", "v.json", "--rul", "noun"], "--rul means nothing here"),
         ([*BUILD, "--out", "v.json", "source.hashtag=tags"], "source.hashtag"),
         (["vocab", "build", "gone.csv", "--out", "v.json"], "no source"),

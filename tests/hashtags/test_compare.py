@@ -83,8 +83,8 @@ def test_every_label_is_in_both_or_named_and_the_way_back_mirrors_it(first: Voca
 
 
 def test_a_rule_in_a_line(tmp_path: Path) -> None:
-    (tmp_path / "o\x1bwn").write_text("cat")
-    rule = VocabularyRule(f"list:{tmp_path}/o\x1bwn", ("animal.n.01", "\x1b.n.01"), ("dog",))
+    (tmp_path / "own").write_text("cat")
+    rule = VocabularyRule(f"list:{tmp_path}/own", ("animal.n.01", "\x1b.n.01"), ("dog",))
     line = described_rule(vocabulary(("cat", [1], 1), rule=rule))
     assert line.isprintable()
     assert f"(list {rule.sha256[:12]}) under \\x1b.n.01, animal.n.01 without 1 stop words" in line

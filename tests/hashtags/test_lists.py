@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import string
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ def test_a_list_of_classes(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    for path in (tmp_path / "gone", tmp_path, "a\0b"):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "gone", tmp_path, tmp_path / "pipe", "a\0b"):
         with pytest.raises(UserError, match="cannot read the"):
             read_classes(path)
 

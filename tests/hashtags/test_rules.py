@@ -29,6 +29,12 @@ def test_how_many_hashtags_the_rules_of_the_paper_give(wordnet: WordNet) -> None
     for candidates in (first, some):  # an unambiguous hashtag's only sense is its first
         assert sum(len(wordnet.synsets(hashtag)) == 1 for hashtag in candidates.hashtags) == 1299
     assert (labels(first), labels(some)) == (945, 1284)
+    classes, mixed = set(imagenet_classes("in1k")), set()
+    for hashtag in wordnet.hashtags:
+        firsts = {wordnet._senses[lemma][0] in classes for lemma in wordnet.spellings(hashtag)}
+        mixed |= {hashtag} if len(firsts) == 2 else set()
+    assert mixed == {"ashcan", "bearcat", "chowchow", "daybed", "walkingstick"}
+    assert mixed & first.hashtags == {"bearcat", "chowchow", "daybed"}
     noun = VocabularyRule().candidates(wordnet)
     assert noun.hashtags == wordnet.hashtags
     assert (len(noun.hashtags), labels(noun)) == (116_602, 77_217)
@@ -174,6 +180,7 @@ def test_what_a_spec_says(spec: str, size: int | None, first: bool) -> None:
         ("nouns", "did you mean noun"),
         ("", "no vocabulary rule"),
         ("in5k", r"no vocabulary rule: there are noun, in1k"),
+        ("list:a\x1b[31m", r"'list:a\\x1b\[31m' has characters that cannot be shown"),
         ("noun:0", "keep 0 labels"),
         ("noun:any", "any sense as it is"),
         ("noun:-3", "no vocabulary rule"),
