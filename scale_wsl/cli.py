@@ -2,7 +2,7 @@
 
 scale-wsl prepare emoji
 scale-wsl prepare photos/ --out data/photos prepare.min_count=20
-scale-wsl corpus show data/emoji
+scale-wsl vocab build posts.parquet --rule noun:8500 --out vocab.json
 scale-wsl vocab explain brownbear --vocabulary data/emoji
 scale-wsl track replay runs/emoji
 scale-wsl checkpoint export runs/emoji --out exported
@@ -20,21 +20,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from scale_wsl.commands import checkpoint, corpus, nothing_else
-from scale_wsl.commands.sources import source_recipe
-from scale_wsl.errors import UserError
+from scale_wsl.commands import checkpoint, nothing_else, vocab
 from scale_wsl.recipe import describe
 from scale_wsl.training.failure import exit_code_of
 
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Prepare hashtagged images for pretraining, look at them and at vocabularies, send what MLflow missed, look at, check and
+Prepare hashtagged images for pretraining, build and look at vocabularies, send what MLflow missed, look at, check and
 export checkpoints. Training itself is recipes/pretrain.py.
 
   scale-wsl prepare emoji
   scale-wsl prepare photos/ --out data/photos prepare.min_count=20
-  scale-wsl corpus show data/emoji
+  scale-wsl vocab build posts.parquet --rule noun:8500 --out vocab.json
   scale-wsl vocab explain brownbear --vocabulary data/emoji
   scale-wsl track replay runs/emoji
   scale-wsl checkpoint export runs/emoji --out exported
@@ -63,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_prepare(commands)
-    _add_vocab(commands)
+    vocab.add(commands)
     _add_track(commands)
     checkpoint.add(commands)
     corpus.add(commands)
@@ -118,48 +116,6 @@ def _prepare(arguments: argparse.Namespace, extra: list[str]) -> None:
     print(prepared.summary())
     if prepared.reused:
         print(f"{out} was prepared before: nothing to do")
-
-
-# --- vocab -------------------------------------------------------------------------------------------------------
-
-
-def _add_vocab(commands: Any) -> None:
-    parser = commands.add_parser("vocab", help="look at vocabularies", allow_abbrev=False)
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
-    explain = actions.add_parser(
-        "explain", help="say why a hashtag is where it is", description="Say why a hashtag is where it is."
-    )
-    explain.add_argument("hashtag", nargs="+")
-    explain.add_argument(
-        "--vocabulary", type=Path, metavar="FILE|FOLDER", help="a vocabulary.json, a data set, or what prepare has made"
-    )
-    explain.set_defaults(run=_explain)
-
-
-def _explain(arguments: argparse.Namespace, extra: list[str]) -> None:
-    nothing_else(extra)
-    from scale_wsl.hashtags.explain import explain
-    from scale_wsl.hashtags.vocabulary import Vocabulary
-    from scale_wsl.hashtags.wordnet import WordNet
-
-    vocabulary = Vocabulary.load(_vocabulary_file(arguments.vocabulary)) if arguments.vocabulary else None
-    wordnet = WordNet.load()
-    print("\n\n".join(explain(text, wordnet, vocabulary) for text in arguments.hashtag))
-
-
-def _vocabulary_file(path: Path) -> Path:
-    try:
-        if path.is_file():
-            return path
-        found = sorted(path.glob("vocabulary.json")) or sorted(path.glob("train-*/vocabulary.json"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if len(found) != 1:
-        raise UserError(
-            f"there are {len(found)} vocabularies in {path}, not one: name a vocabulary.json, a data set, or what "
-            "prepare has made"
-        )
-    return found[0]
 
 
 # --- track -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from scale_wsl.corpus.execution import Workers, run_stage
 from scale_wsl.corpus.kernel import HashtagKernel, count, label
 from scale_wsl.corpus.places import label_places, places_of
@@ -27,7 +29,7 @@ from scale_wsl.hashtags import Vocabulary
 from scale_wsl.hashtags.counts import HashtagCounts
 from scale_wsl.hashtags.rules import VocabularyRule
 
-__all__ = ["count_posts", "label_posts"]
+__all__ = ["count_covered", "count_posts", "label_posts"]
 
 _ROWS = 1 << 16  # of a row group of labelled posts
 
@@ -56,6 +58,38 @@ def count_posts(
         for task in splits:
             counts.merge(HashtagCounts.load(counter.result(task)))
     return counts
+
+
+def count_covered(source: Source, vocabulary: Vocabulary, *, workers: Workers | None = None) -> int:
+    """How many posts have at least one label of a vocabulary.
+
+    Raises:
+        UserError: The source cannot be read.
+    """
+    splits = list(enumerate(source.splits()))
+    with _work_folder(None, []) as folder:
+        vocabulary.save(folder / "vocabulary.json")
+        coverer = _Coverer(source, str(folder / "vocabulary.json"), folder)
+        run_stage(f"{source.name}: coverage", splits, coverer, coverer.result, workers or Workers())
+        return sum(int(coverer.result(task).read_text()) for task in splits)
+
+
+@dataclass(frozen=True)
+class _Coverer:
+    source: Source
+    vocabulary: str
+    folder: Path
+
+    def __call__(self, task: tuple[int, Any]) -> None:
+        kernel = HashtagKernel(label_places(self.vocabulary))
+        covered = 0
+        for batch in self.source.read(task[1], images=False):
+            covered += len(np.unique(kernel.read(batch.posts.column("hashtags")).canonical()[0]))
+        with published_file(self.result(task)) as aside:
+            aside.write_text(str(covered))
+
+    def result(self, task: tuple[int, Any]) -> Path:
+        return self.folder / f"{task[0]:06d}.covered"
 
 
 @dataclass(frozen=True)

@@ -12,25 +12,19 @@ from scale_wsl.corpus.kernel import Place, place_by_label
 from scale_wsl.hashtags import Vocabulary, WordNet
 from scale_wsl.hashtags.rules import PLACELESS, VocabularyRule
 
-__all__ = ["edition", "label_places", "places_of", "wordnet"]
+__all__ = ["edition", "label_places", "places_of"]
 
 _OUTSIDE = PLACELESS[2]
-
-
-@functools.cache
-def wordnet() -> WordNet:
-    """A process's own: it takes a second to load."""
-    return WordNet.load()
 
 
 @functools.lru_cache(maxsize=2)
 def places_of(rule: VocabularyRule | Vocabulary) -> Place:
     """From a normalised hashtag to its canonical key; a process's own, as it takes a moment to make."""
     if isinstance(rule, VocabularyRule):
-        return rule.candidates(wordnet()).place
+        return rule.candidates(WordNet.load()).place
 
     def place(hashtag: str) -> tuple[str, str]:
-        index = rule.label(hashtag, wordnet())
+        index = rule.label(hashtag, WordNet.load())
         return ("", _OUTSIDE) if index is None else (rule.entries[index].key, "")
 
     return place
@@ -43,7 +37,7 @@ def label_places(vocabulary: str) -> Place:
 
 @functools.lru_cache(maxsize=2)
 def _label_places(vocabulary: str, edition: tuple[int, int]) -> Place:
-    return place_by_label(Vocabulary.load(vocabulary), wordnet())
+    return place_by_label(Vocabulary.load(vocabulary), WordNet.load())
 
 
 def edition(path: str) -> tuple[int, int]:

@@ -140,7 +140,7 @@ class HashtagCounts:
                         f"it has {file.metadata.num_rows:,} rows, where counts have {_MOST_ROWS:,} at most"
                     )
                 schema = file.schema_arrow
-                if {name: str(schema.field(name).type) for name in dict.fromkeys(schema.names)} != _COLUMNS:
+                if [(field.name, str(field.type)) for field in schema] != list(_COLUMNS.items()):
                     raise ValueError(f"its columns are not {', '.join(_COLUMNS)}")
                 head = json.loads((schema.metadata or {}).get(_METADATA, b"null"))
                 columns = file.read().to_pydict()

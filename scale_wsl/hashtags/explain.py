@@ -5,8 +5,10 @@ Must never decide anything: it only tells what normalising, WordNet and the voca
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
+from scale_wsl.errors import UserError
 from scale_wsl.hashtags.normalize import examine, normalize
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ def explain(
         text: Whatever the user typed; shown with its control characters escaped.
         wordnet: What leads it to its synsets.
         vocabulary: What to look for its place in, if anything.
-        candidates: What to ask for a verdict: those of the vocabulary's rule, unless its list is out of reach.
+        candidates: What to ask for a verdict; when None, those of the vocabulary's rule, if its list is at hand.
 
     Returns:
         Lines of text without a final newline.
@@ -34,6 +36,9 @@ def explain(
     hashtag, reason = examine(text)
     if hashtag is None:
         return f"{_shown(text)} is not a hashtag: {reason}"
+    if candidates is None and vocabulary is not None:
+        with contextlib.suppress(UserError):  # the list is gone, or timm is
+            candidates = vocabulary.rule.candidates(wordnet)
     reading = wordnet.read(hashtag)
     lines = [f"{_shown(text)} -> {hashtag}", *_wordnet_lines(reading, wordnet)]
     if candidates is not None:
@@ -66,8 +71,7 @@ def _wordnet_lines(reading: Reading, wordnet: WordNet) -> list[str]:
 
 def _rule(candidates: Candidates) -> str:
     rule = candidates.rule
-    spec = rule.spec if rule.spec.isprintable() else repr(rule.spec)
-    return f"{spec} under {', '.join(rule.under)}" if rule.under else spec
+    return f"{rule.spec} under {', '.join(rule.under)}" if rule.under else rule.spec
 
 
 def _place(reading: Reading, wordnet: WordNet, vocabulary: Vocabulary, candidates: Candidates | None) -> str:
@@ -83,9 +87,7 @@ def _place(reading: Reading, wordnet: WordNet, vocabulary: Vocabulary, candidate
         return f"no place: no image had it in this spelling; the same senses are #{entry.hashtag}, index {index}"
     if candidates is not None and (reason := candidates.reason(hashtag)):
         return f"no place: {reason}"
-    if candidates is None and not reading.synsets:
-        return "no place: no noun synset"
-    if candidates is None and vocabulary.rule.sha256:
+    if candidates is None:
         return "no place: it is outside the rule, or was cut; the rule's list, which could tell, is not at hand"
     if vocabulary.size is not None and len(vocabulary) == vocabulary.size:
         last = vocabulary.entries[-1]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -115,6 +117,8 @@ def _classes(lines: Iterable[str], where: str) -> tuple[str, ...]:
 
 def _lines(path: str | Path, what: str) -> Iterator[str]:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep its reader waiting for ever
+            raise UserError(f"cannot read the {what} {path}: it is no regular file")
         with open(path, "rb") as handle:
             content = handle.read(_LARGEST_FILE + 1)
     except OSError as error:

@@ -104,7 +104,7 @@ class VocabularyReport:
     def of_cuts(
         cls, counts: HashtagCounts, ranked: Sequence[Entry], often: Sequence[Entry], kept: Sequence[Entry]
     ) -> VocabularyReport:
-        """Of all labels that were counted, the first of them, which are on `min_count` posts, and the first of those."""
+        """Of all labels counted, those of them on `min_count` posts or more, and those of them within the size."""
         placeless = counts.without_place
         dropped = {reason: placeless[reason].ranked() if reason in placeless else {} for reason in DROP_REASONS}
         for reason, entries in (("below min_count", ranked[len(often) :]), ("cut by size", often[len(kept) :])):

@@ -67,6 +67,8 @@ class VocabularyRule:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
+        if not self.spec.isprintable():  # it is shown, and written down
+            raise UserError(f"the vocabulary rule {self.spec!r} has characters that cannot be shown: rename its file")
         parts = self._parts
         set_(self, "under", tuple(sorted(set(self.under))))
         set_(self, "stop", tuple(sorted(set(self.stop))))
@@ -127,7 +129,7 @@ class VocabularyRule:
         return read_classes(parts["file"]) if parts["name"] == "wnids" else imagenet_classes(parts["name"])
 
     def candidates(self, wordnet: WordNet) -> Candidates:
-        """What answers for single hashtags; takes a tenth of a second, the first with `under` a second or two.
+        """What answers for single hashtags; takes a tenth of a second.
 
         Raises:
             UserError: `under` or the list names what is no noun synset, or the list of a recorded rule cannot be read

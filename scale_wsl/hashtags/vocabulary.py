@@ -152,11 +152,7 @@ class Vocabulary:
 
     def explain(self, text: str, wordnet: WordNet) -> str:
         """Why a hashtag is where it is, or why it has no place: several lines of text; see `explain.explain`."""
-        try:
-            candidates = self.rule.candidates(wordnet)
-        except UserError:  # the rule's list is not at hand
-            candidates = None
-        return explain(text, wordnet, self, candidates)
+        return explain(text, wordnet, self)
 
     @cached_property
     def _index(self) -> dict[str, int]:

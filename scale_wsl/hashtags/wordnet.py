@@ -3,8 +3,9 @@
 Must never download anything, and never force a hashtag to one sense: a hashtag stands for the set of all its synsets.
 
 A synset is named by its WNID, as ImageNet does: `n` and the eight-digit byte offset in `data.noun` ("n02132136" is the
-brown bear). The files are unpacked once into a cache folder; the lookup table comes straight from `index.noun`
-(wndb(5WN)), and NLTK's reader, which takes seconds to import and open, is opened only to look inside a synset.
+brown bear). The files are unpacked once into a cache folder, and read as wndb(5WN) describes them: the lookup table
+comes from `index.noun`, what is in a synset from `data.noun`, when it is asked for. NLTK's reader, which takes seconds
+to import and open, is for whoever wants more of WordNet; the tests take it for a reference.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import re
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -59,9 +61,9 @@ class Reading:
 
 
 class WordNet:
-    """The noun lookup table, ready after construction, and NLTK's reader over the same files, opened when needed.
+    """The noun lookup table, ready after construction, and the synsets themselves, read when needed.
 
-    Can be pickled: the copy reads the same cache folder. Threads must not share one for `lemmas` and `hypernyms`.
+    Nothing changes it, so whoever loads or unpickles the same cache folder in a process gets the same object.
 
     `wnids` holds the WNIDs of all 82,115 noun synsets.
 
@@ -87,14 +89,13 @@ class WordNet:
         self._spellings = {hashtag: tuple(lemmas) for hashtag, lemmas in spellings.items()}
         self._irregular, self._irregular_words = _read_exceptions(corpus / "noun.exc")
         self._reader: tuple[int, Any] | None = None
-        self._hyponyms: Mapping[str, tuple[str, ...]] | None = None
         self.wnids = frozenset(everything)
 
-    def __reduce__(self) -> tuple[type[WordNet], tuple[Path]]:
-        return type(self), (self.corpus,)
+    def __reduce__(self) -> tuple[Callable[[Path], WordNet], tuple[Path]]:
+        return _opened, (self.corpus,)
 
-    @classmethod
-    def load(cls, cache: Path | None = None) -> WordNet:
+    @staticmethod
+    def load(cache: Path | None = None) -> WordNet:
         """Open the shipped files, unpacking them first (2.9 MB to 20 MB) where the cache lacks them or is damaged.
 
         Any number of processes may do so at once. The cache is `cache_folder()` unless given.
@@ -102,7 +103,7 @@ class WordNet:
         Raises:
             UserError: The cache folder cannot be written, or the installed package itself is damaged.
         """
-        return cls(_unpacked(cache or cache_folder()))
+        return _opened(_unpacked(cache or cache_folder()))
 
     @property
     def hashtags(self) -> frozenset[str]:
@@ -120,9 +121,9 @@ class WordNet:
     def first_sense(self, hashtag: str) -> str:
         """WNID of the first noun sense of a hashtag that is a lemma: WordNet's most frequent one, listed first.
 
-        Where several spellings share the hashtag, the one that index.noun has first decides. That matters little: of
-        the 1,108 such hashtags, `ashcan` and `walkingstick` alone have a spelling whose first sense is a class of
-        ImageNet-1k beside one whose first sense is none.
+        Where several spellings share the hashtag, the one that index.noun has first decides. That matters little: five
+        of the 1,108 such hashtags have a spelling whose first sense is a class of ImageNet-1k beside one whose first
+        sense is none; `bearcat`, `chowchow` and `daybed` begin with the former, `ashcan` and `walkingstick` do not.
 
         Raises:
             KeyError: The hashtag is no lemma.
@@ -151,7 +152,10 @@ class WordNet:
     def _reading(
         self, hashtag: str, how: Literal["lemma", "irregular form", "inflected form"], bases: tuple[str, ...]
     ) -> Reading:
-        synsets = frozenset[str]().union(*(self._synsets[base] for base in bases))
+        if len(bases) == 1:
+            synsets = self._synsets[bases[0]]
+        else:
+            synsets = frozenset[str]().union(*(self._synsets[base] for base in bases))
         return Reading(hashtag, how if bases else "unknown", bases, synsets)
 
     def _irregular_compounds(self, hashtag: str) -> Iterator[str]:
@@ -171,12 +175,11 @@ class WordNet:
 
     def lemmas(self, wnid: str) -> tuple[str, ...]:
         """The words of a synset in WordNet's spelling and order: ("brown_bear", "bruin", "Ursus_arctos")."""
-        return tuple(self._synset(wnid).lemma_names())
+        return self._synset(wnid)[0]
 
     def hypernyms(self, wnid: str) -> tuple[str, ...]:
         """WNIDs of the synsets directly above (hypernyms and, for a name, what it is an instance of), sorted."""
-        synset = self._synset(wnid)
-        return tuple(sorted(_wnid(above.offset()) for above in synset.hypernyms() + synset.instance_hypernyms()))
+        return tuple(sorted(self._pointed(wnid, "@", "@i")))
 
     def ancestors(self, wnid: str) -> frozenset[str]:
         """WNIDs of every synset above, up to the root n00001740 (entity)."""
@@ -189,17 +192,11 @@ class WordNet:
         return frozenset(found)
 
     def descendants(self, wnid: str) -> frozenset[str]:
-        """WNIDs of a synset and of every one below it, instances too: the inverse of `ancestors`.
-
-        Comes from data.noun itself, read once (a second or two): NLTK would take ten.
-        """
-        self._known(wnid)
-        if self._hyponyms is None:
-            self._hyponyms = _read_hyponyms(self.corpus / "data.noun")
+        """WNIDs of a synset and of every one below it, instances too: the inverse of `ancestors`."""
         found = {wnid}
         waiting = [wnid]
         while waiting:
-            below = set(self._hyponyms.get(waiting.pop(), ())) - found
+            below = self._pointed(waiting.pop(), "~", "~i") - found
             found |= below
             waiting.extend(below)
         return frozenset(found)
@@ -219,13 +216,26 @@ class WordNet:
         has = f"; {lemma} has {len(senses)} noun senses" if senses else ""
         raise UserError(f"{name!r} is no noun synset of WordNet 3.0, such as animal.n.01 or n00015388{has}")
 
-    def _known(self, wnid: str) -> None:
+    def _pointed(self, wnid: str, *pointers: str) -> set[str]:
+        """WNIDs of the nouns that a synset points to."""
+        return {f"n{offset}" for pointer, offset in self._synset(wnid)[1] if pointer in pointers}
+
+    def _synset(self, wnid: str) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
+        """The words of a synset and its (pointer, offset) pairs, of its line in data.noun.
+
+        offset file type words(hexadecimal) (word id)*words pointers (pointer offset part-of-speech at)*pointers |
+        """
         if wnid not in self.wnids:
             raise UserError(f"{wnid!r} is no noun synset of WordNet 3.0; an id looks like n02132136")
+        start = int(wnid[1:])
+        fields = self._data[start : self._data.index(b"|", start)].decode("ascii").split()
+        first = 4 + 2 * int(fields[3], 16)
+        pointers = fields[first + 1 : first + 1 + 4 * int(fields[first])]
+        return tuple(fields[4:first:2]), list(zip(pointers[::4], pointers[1::4], strict=True))
 
-    def _synset(self, wnid: str) -> Any:
-        self._known(wnid)
-        return self.reader.synset_from_pos_and_offset("n", int(wnid[1:]))
+    @cached_property
+    def _data(self) -> bytes:
+        return (self.corpus / "data.noun").read_bytes()
 
     @property
     def reader(self) -> Any:
@@ -236,6 +246,11 @@ class WordNet:
         if self._reader is None or self._reader[0] != os.getpid():
             self._reader = os.getpid(), _open_reader(self.corpus)
         return self._reader[1]
+
+
+@lru_cache(maxsize=2)
+def _opened(corpus: Path) -> WordNet:
+    return WordNet(corpus)  # a second or more
 
 
 def cache_folder() -> Path:
@@ -313,23 +328,6 @@ def _read_index(path: Path) -> Iterator[tuple[str, list[str]]]:
                 yield fields[0], [f"n{offset}" for offset in fields[-int(fields[2]) :]]
 
 
-def _read_hyponyms(path: Path) -> dict[str, tuple[str, ...]]:
-    """WNID -> WNIDs directly below, of data.noun's pointers `~` (hyponym) and `~i` (instance hyponym), as wndb(5WN)."""
-    found: dict[str, tuple[str, ...]] = {}
-    with path.open(encoding="ascii") as lines:
-        for line in lines:
-            if not line.startswith(" "):
-                fields = (
-                    line.split()
-                )  # offset file type words(hex) (word lex_id)*words pointers (pointer offset pos at)*
-                first = 4 + 2 * int(fields[3], 16)
-                pointers = fields[first + 1 : first + 1 + 4 * int(fields[first])]
-                below = zip(pointers[::4], pointers[1::4], strict=True)
-                if wnids := tuple(f"n{offset}" for pointer, offset in below if pointer in ("~", "~i")):
-                    found[f"n{fields[0]}"] = wnids
-    return found
-
-
 def _read_exceptions(path: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
     """Joined irregular form -> joined bases of noun.exc, and the same for single words only."""
     joined: defaultdict[str, list[str]] = defaultdict(list)
@@ -340,10 +338,6 @@ def _read_exceptions(path: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, 
             words[form] = tuple(bases)
         joined[normalize(form) or form].extend(normalize(base) or base for base in bases)
     return {form: tuple(dict.fromkeys(bases)) for form, bases in joined.items()}, words
-
-
-def _wnid(offset: int) -> str:
-    return f"n{offset:08d}"
 
 
 def _open_reader(corpus: Path) -> Any:

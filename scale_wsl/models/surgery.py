@@ -3,10 +3,11 @@
 Rows go by meaning, never by index. Must never hold more of a tensor than what is asked for, and never let a row stand
 for something else without saying so.
 
-What a class means is its set of synsets (see `hashtags.vocabulary`); its canonical name is merely its commonest
-spelling and may change with the data. So:
+What a class means is its set of synsets (see `hashtags.vocabulary`), or, where WordNet does not know it, its one
+hashtag. The canonical name of a class with synsets is merely its commonest spelling and may change with the data. So:
 
-taken over   the old vocabulary has a class of the same synset set, whatever that was called
+taken over   the old vocabulary has a class of the same synset set, whatever that was called, or the same hashtag where
+             neither has synsets
 ambiguous    it has none, but a hashtag of the class had a place in the old vocabulary, under other synsets: WordNet or
              the rules for hashtags have changed. Images with that hashtag trained that row, so it is a fair start, but
              it is not the same class: the row starts anew, unless the caller says to take it.
@@ -45,7 +46,7 @@ class SurgeryReport:
     """
 
     taken_over: int
-    """Classes of the same synset set in both."""
+    """Classes of the same meaning in both."""
     new: tuple[str, ...]
     """Canonical hashtags that start anew, as none of their hashtags had a place before."""
     ambiguous: Mapping[str, tuple[str, ...]]
@@ -91,7 +92,7 @@ def match_rows(
     ambiguous: dict[str, tuple[str, ...]] = {}
     renamed: dict[str, str] = {}
     for index, entry in enumerate(new.entries):
-        row = old.index_of_synsets(entry.synsets)
+        row = old.index_of_key(entry.key)
         if row is not None:
             rows[index] = row
             taken += 1

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scale_wsl.corpus.labels import label_ids
-from scale_wsl.hashtags import Vocabulary, WordNet
+from scale_wsl.hashtags import Vocabulary, VocabularyRule, WordNet
 
 POSTS: list[Collection[str]] = [("brownbear", "cat"), ("ursusarctos", "brownbear"), ("cat",), ("dog", "cats")]
 WORDNET = WordNet.load()
@@ -37,7 +37,7 @@ def test_labels_are_ascending_distinct_and_do_not_depend_on_the_order(hashtags: 
 @pytest.mark.parametrize("training", ["world", "worlds"])
 def test_labels_do_not_depend_on_the_spellings_that_training_had(training: str) -> None:
     """The oracle is NLTK's own lookup: the entry whose set of senses is that of the word, unless it is stopped."""
-    vocabulary, _ = Vocabulary.build([(training, "goose", "table", "auto")], WORDNET, stop=["tables"])
+    vocabulary, _ = Vocabulary.build([(training, "goose", "table", "auto")], WORDNET, VocabularyRule(stop=("tables",)))
     entries = [set(entry.synsets) for entry in vocabulary.entries]
     labelled = 0
     for word in ("world", "worlds", "goose", "geese", "automobile", "table", "tables", "cat", "zzz"):

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scale_wsl.hashtags.explain import explain
+from scale_wsl.hashtags.rules import VocabularyRule
 from scale_wsl.hashtags.vocabulary import Vocabulary
 from scale_wsl.hashtags.wordnet import WordNet
 
@@ -13,7 +14,7 @@ POSTS = [("brownbear", "ursusarctos"), ("brownbear",), ("cat",), ("cat",), ("bea
 
 @pytest.fixture(scope="module")
 def vocabulary(wordnet: WordNet) -> Vocabulary:
-    return Vocabulary.build(POSTS, wordnet, min_count=2, stop=["dog"])[0]
+    return Vocabulary.build(POSTS, wordnet, VocabularyRule(stop=("dog",)), min_count=2)[0]
 
 
 def test_a_hashtag_with_a_place(wordnet: WordNet, vocabulary: Vocabulary) -> None:
@@ -22,6 +23,7 @@ def test_a_hashtag_with_a_place(wordnet: WordNet, vocabulary: Vocabulary) -> Non
         "WordNet     a lemma, written brown bear; one sense\n"
         "  n02132136 brown bear, bruin, Ursus arctos  (a kind of bear)\n"
         "merges with ursusarctos (exactly the same senses)\n"
+        "rule        noun: has a place\n"
         "vocabulary  #brownbear, index 0 of 2, on 3 images; merged there: brownbear, ursusarctos"
     )
 
@@ -41,6 +43,7 @@ def test_by_wordnet_alone(wordnet: WordNet) -> None:
     ("text", "reason"),
     [
         ("dog", "no place: it is on the stop list"),
+        ("dogs", "no place: it is on fewer than 2 images (min_count)"),
         ("selfie", "no place: no noun synset"),
         ("bear", "no place: it is on fewer than 2 images (min_count)"),
         ("zebra", "no place: it is on fewer than 2 images (min_count)"),

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scale_wsl.errors import UserError
-from scale_wsl.hashtags.vocabulary import DROP_REASONS, Entry, Vocabulary
+from scale_wsl.hashtags.report import DROP_REASONS
+from scale_wsl.hashtags.rules import VocabularyRule
+from scale_wsl.hashtags.vocabulary import Entry, Vocabulary
 from scale_wsl.hashtags.wordnet import WordNet
 
 POSTS = [
@@ -50,7 +52,7 @@ def test_hashtags_with_the_same_synsets_merge_and_an_image_counts_once(wordnet: 
     assert vocabulary.index_of_synsets({"n02132136"}) == 0
     assert vocabulary.index_of_synsets({"n09845191"}) is None
     assert len(vocabulary) == report.entries == 4
-    assert (report.images, report.known, report.ambiguous) == (10, 8, 3)
+    assert (report.coverage.posts, report.coverage.known, report.ambiguous) == (10, 8, 3)
     assert report.merged == {
         "brownbear": {"brownbear": 2, "brownbears": 1, "ursusarctos": 1},
         "cats": {"cats": 3, "cat": 1},
@@ -59,15 +61,16 @@ def test_hashtags_with_the_same_synsets_merge_and_an_image_counts_once(wordnet: 
     assert report.dropped == {
         "stop list": {},
         "no noun synset": {"selfie": 2, "follow4follow": 1},
+        "outside the rule": {},
         "below min_count": {},
         "cut by size": {},
     }
-    assert json.loads(json.dumps(dataclasses.asdict(report)))["images"] == 10
+    assert json.loads(json.dumps(report.as_json()))["coverage"]["posts"] == 10
     assert "dropped, no noun synset: 2 hashtags (selfie, follow4follow)" in report.summary()
 
 
 def test_cuts_say_what_they_dropped(wordnet: WordNet) -> None:
-    vocabulary, report = Vocabulary.build(POSTS, wordnet, min_count=2, size=2, stop=["cats"])
+    vocabulary, report = Vocabulary.build(POSTS, wordnet, VocabularyRule(stop=("cats",)), min_count=2, size=2)
     assert [e.hashtag for e in vocabulary.entries] == ["brownbear", "bear"]
     assert report.dropped["stop list"] == {"cats": 3}
     assert report.dropped["below min_count"] == {"cat": 1, "dog": 1}  # a stop word takes no other spelling with it
@@ -118,9 +121,11 @@ def test_a_users_mistakes(wordnet: WordNet) -> None:
     with pytest.raises(UserError, match="size is 0"):
         Vocabulary.build([], wordnet, size=0)
     with pytest.raises(UserError, match="'Brown Bear', which is not in normal form: write 'brownbear'"):
-        Vocabulary.build([], wordnet, stop=["Brown Bear"])
+        VocabularyRule(stop=("Brown Bear",))
     with pytest.raises(UserError, match="it is not a hashtag"):
-        Vocabulary.build([], wordnet, stop=["c++"])
+        VocabularyRule(stop=("c++",))
+    with pytest.raises(UserError, match=r"size is 7, but the rule noun:8500 keeps 8500"):
+        Vocabulary.build([], wordnet, VocabularyRule("noun:8500"), size=7)
     with pytest.raises(ValueError, match="normalize_all"):
         Vocabulary.build([("Brown Bear",)], wordnet)
 
@@ -146,7 +151,9 @@ def test_the_hash_depends_on_order_names_and_synsets_and_on_nothing_else() -> No
         (change(ANT, hashtag="ants", raw=("ants", "ant"), count=6), BEE),
     ]:
         assert Vocabulary(entries).hash != reference.hash
-    same = Vocabulary((change(ANT, raw=("ant",), count=9), BEE), min_count=3, size=2, stop=("cat",))
+    same = Vocabulary(
+        (change(ANT, raw=("ant",), count=9), BEE), min_count=3, size=2, rule=VocabularyRule(stop=("cat",))
+    )
     assert same.hash == reference.hash
 
 
@@ -178,7 +185,7 @@ def test_entries_that_contradict_each_other_make_no_vocabulary(entries: tuple[En
 def test_a_file_gives_the_vocabulary_back(
     wordnet: WordNet, tmp_path: Path, posts: list[list[str]], min_count: int, stop: set[str]
 ) -> None:
-    vocabulary, _ = Vocabulary.build(posts, wordnet, min_count=min_count, stop=stop)
+    vocabulary, _ = Vocabulary.build(posts, wordnet, VocabularyRule(stop=tuple(stop)), min_count=min_count)
     vocabulary.save(tmp_path / "vocabulary.json")
     loaded = Vocabulary.load(tmp_path / "vocabulary.json")
     assert loaded == vocabulary
@@ -190,7 +197,7 @@ def test_a_file_gives_the_vocabulary_back(
 @pytest.fixture
 def saved(wordnet: WordNet, tmp_path: Path) -> Path:
     path = tmp_path / "vocabulary.json"
-    Vocabulary.build([*POSTS, ("gruyère",)], wordnet, stop=["gruyère"])[0].save(path)
+    Vocabulary.build([*POSTS, ("gruyère",)], wordnet, VocabularyRule(stop=("gruyère",)))[0].save(path)
     return path
 
 
@@ -200,8 +207,51 @@ def test_a_person_can_read_the_file(saved: Path) -> None:
         '  {"hashtag": "brownbear", "count": 3, "raw": ["brownbear", "brownbears", "ursusarctos"], '
         '"synsets": ["n02132136"]},'
     ) in lines
-    assert ' "stop": ["gruyère"],' in lines
+    rule = ' "rule": {"spec": "noun", "under": [], "stop": ["gruyère"], "sha256": "", "classes": null},'
+    assert rule in lines
     assert sum(line.startswith("  {") for line in lines) == 4
+
+
+V1 = """
+{
+ "format": "scale_wsl vocabulary",
+ "version": 1,
+ "hash": "ca8d534409054b5e957f75682cad6092c51bbd8501eceecbfdede5eabcdd9c64",
+ "checksum": "165c5690b5cdc06e0b7ef607559bcfe7c6b5794209871c9df8dc11c5ed7856b4",
+ "min_count": 1,
+ "size": 3,
+ "stop": ["dog", "gruyère"],
+ "entries": [
+  {"hashtag": "bear", "count": 2, "raw": ["bear"], "synsets": ["n02131653", "n09845191"]},
+  {"hashtag": "brownbear", "count": 2, "raw": ["brownbear", "brownbears"], "synsets": ["n02132136"]},
+  {"hashtag": "geese", "count": 1, "raw": ["geese"], "synsets": ["n01855672", "n07646821", "n10157744"]}
+ ]
+}
+"""
+"""As the first release wrote it."""
+
+
+def test_a_file_of_version_1_is_read_and_keeps_its_hash(wordnet: WordNet, tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.json"
+    path.write_text(V1, "utf-8")
+    loaded = Vocabulary.load(path)
+    posts = [("brownbear", "bear"), ("brownbears",), ("bear",), ("geese",), ("dog",)]
+    rule = VocabularyRule(stop=("gruyère", "dog"))
+    assert loaded == Vocabulary.build(posts, wordnet, rule, size=3)[0]
+    assert loaded.hash == json.loads(V1)["hash"]
+    loaded.save(path)
+    assert json.loads(path.read_bytes())["version"] == 2
+    assert Vocabulary.load(path) == loaded
+    for change, message in [
+        (lambda v: v.update(stop=["dog"]), "checksum"),
+        (lambda v: v.update(stop=["Dog"]), "normal form"),
+        (lambda v: v["entries"][0].update(synsets=[]), "hash"),
+        (lambda v: v.pop("stop"), "keys"),
+    ]:
+        path.write_text(V1, "utf-8")
+        _edit(path, change)
+        with pytest.raises(UserError, match=message):
+            Vocabulary.load(path)
 
 
 def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -215,10 +265,12 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     [
         (lambda v: v.update(format="something"), "format"),
         (lambda v: v.pop("format"), "format"),
-        (lambda v: v.update(version=2), "version is 2, where this release reads 1"),
+        (lambda v: v.update(version=3), "version is 3, where this release reads 1 to 2"),
+        (lambda v: v.update(version=0), "version is 0"),
+        (lambda v: v.update(version=1), "keys"),
         (lambda v: v.update(version=True), "version is True"),
         (lambda v: v.update(extra=1), "keys"),
-        (lambda v: v.pop("stop"), "keys"),
+        (lambda v: v.pop("rule"), "keys"),
         (lambda v: v.update(hash="0" * 64), "hash"),
         (lambda v: v.update(hash=None), "hash"),
         (lambda v: v.update(checksum="0" * 64), "checksum"),
@@ -226,9 +278,24 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda v: v.update(min_count=True), "min_count"),
         (lambda v: v.update(size=0), "size"),
         (lambda v: v.update(size=77), "checksum"),
-        (lambda v: v.update(stop=["gruyere"]), "checksum"),
-        (lambda v: v.update(stop="gruyère"), "stop is not a list of strings"),
-        (lambda v: v.update(stop=["\ud800"]), "damaged"),
+        (lambda v: v["rule"].update(stop=["gruyere"]), "checksum"),
+        (lambda v: v["rule"].update(stop="gruyère"), "stop is not a list of strings"),
+        (lambda v: v["rule"].update(stop=["\ud800"]), "damaged"),
+        (lambda v: v["rule"].update(stop=["Gruyère"]), "not in normal form"),
+        (lambda v: v["rule"].update(extra=1), "its rule's keys"),
+        (lambda v: v.update(rule=None), "its rule's keys"),
+        (lambda v: v["rule"].update(spec=1), "no text"),
+        (lambda v: v["rule"].update(spec="noun\x1b[31m"), "no text"),
+        (lambda v: v["rule"].update(spec="verb", sha256="0" * 64), "no vocabulary rule"),
+        (lambda v: v["rule"].update(spec="noun:3"), "size"),
+        (lambda v: v["rule"].update(spec="list:/etc/passwd"), "hash of the list"),  # is not read
+        (lambda v: v["rule"].update(spec="in1k", sha256="0" * 63), "hash of the list"),
+        (lambda v: v["rule"].update(spec="in1k", sha256="0" * 64), "first senses"),
+        (lambda v: v["rule"].update(spec="in1k", sha256="0" * 64, classes=["n00000001"]), "synsets"),
+        (lambda v: v["rule"].update(classes=[]), "first senses"),
+        (lambda v: v["rule"].update(classes="n02132136"), "classes is not a list"),
+        (lambda v: v["rule"].update(under=["animal.n.01"]), "checksum"),
+        (lambda v: v["rule"].update(under=["animal"]), "no synset"),
         (lambda v: v.update(entries={}), "entries are not a list"),
         (lambda v: v["entries"].append(None), "an entry's keys"),
         (lambda v: v["entries"][0].update(extra=1), "an entry's keys"),
@@ -243,6 +310,8 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda v: v["entries"][0].update(raw=["brownbear"]), "checksum"),
         (lambda v: v["entries"][0].update(raw=["brownbear", "cat"]), "two entries"),
         (lambda v: v["entries"][0].update(synsets=["2132136"]), "WNID"),
+        (lambda v: v["entries"][0].update(synsets=[]), "merged into"),
+        (lambda v: v["entries"][3].update(synsets=[]), "hash"),
         (lambda v: v["entries"][0].update(synsets=["n02132136\n"]), "WNID"),
         (lambda v: v["entries"][0].update(synsets=["n02132137"]), "hash"),
         (lambda v: v["entries"].reverse(), "ordered"),
@@ -281,16 +350,23 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-KEYS = ["format", "version", "hash", "checksum", "min_count", "size", "stop", "entries"]
+KEYS = ["format", "version", "hash", "checksum", "min_count", "size", "rule", "entries"]
+RULE_KEYS = ["spec", "under", "stop", "sha256", "classes"]
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(key=st.sampled_from(KEYS), value=JSON, entry_key=st.sampled_from(["hashtag", "count", "raw", "synsets", None]))
+@given(
+    key=st.sampled_from(KEYS),
+    value=JSON,
+    entry_key=st.sampled_from(["hashtag", "count", "raw", "synsets", *RULE_KEYS, None]),
+)
 def test_any_json_in_any_place_is_refused_cleanly(saved: Path, key: str, value: Any, entry_key: str | None) -> None:
     original = saved.read_bytes()
     parsed = json.loads(original)
     if entry_key is None:
         parsed[key] = value
+    elif entry_key in RULE_KEYS:
+        parsed["rule"][entry_key] = value
     else:
         parsed["entries"][1][entry_key] = value
     (other := saved.with_name("other.json")).write_text(json.dumps(parsed), "utf-8")

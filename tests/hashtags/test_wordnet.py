@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from scale_wsl.errors import UserError
 from scale_wsl.hashtags import wordnet as module
 from scale_wsl.hashtags.normalize import normalize
-from scale_wsl.hashtags.wordnet import DETACHMENTS, WordNet, cache_folder
+from scale_wsl.hashtags.wordnet import DETACHMENTS, Reading, WordNet, cache_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "scale_wsl" / "hashtags" / "data"
@@ -85,6 +85,14 @@ def test_every_line_of_data_noun_is_at_its_offset_and_has_no_gloss(wordnet: Word
         position += len(line) + 1
     assert found == wordnet.wnids
     assert b"Princeton University" in raw  # the notice stays on every copy
+
+
+def test_what_is_in_a_synset_is_what_nltk_finds_there(wordnet: WordNet) -> None:
+    for wnid in random.Random(5).sample(sorted(wordnet.wnids), 3000):
+        synset = wordnet.reader.synset_from_pos_and_offset("n", int(wnid[1:]))
+        assert wordnet.lemmas(wnid) == tuple(synset.lemma_names())
+        above = {f"n{s.offset():08d}" for s in synset.hypernyms() + synset.instance_hypernyms()}
+        assert wordnet.hypernyms(wnid) == tuple(sorted(above))
 
 
 def test_brown_bear(wordnet: WordNet) -> None:
@@ -160,6 +168,53 @@ def test_any_text_can_be_looked_up(wordnet: WordNet, text: str) -> None:
     assert wordnet.synsets(text) <= wordnet.wnids
 
 
+def test_descendants_are_nltks_closure(wordnet: WordNet) -> None:
+    animal = wordnet.resolve("animal.n.01")
+    found = wordnet.descendants(animal)
+    below = wordnet.reader.synset("animal.n.01").closure(lambda s: s.hyponyms() + s.instance_hyponyms())
+    assert found == {animal} | {f"n{synset.offset():08d}" for synset in below}
+    assert len(found) > 4000
+    assert wordnet.descendants("n00001740") == wordnet.wnids  # everything is an entity
+    assert wordnet.descendants("n02132136") >= {"n02132136"}
+    capital = wordnet.descendants("n08691669")  # has instances only
+    assert wordnet.synsets("capitaloffrance") < capital
+    for wnid in random.Random(2).sample(sorted(wordnet.wnids), 200):
+        assert (wnid in found) == (animal in wordnet.ancestors(wnid) | {wnid})
+    with pytest.raises(UserError, match="no noun synset"):
+        wordnet.descendants("n02132137")
+
+
+def test_first_senses_are_nltks_of_the_first_spelling(wordnet: WordNet) -> None:
+    for hashtag in random.Random(3).sample(sorted(wordnet.hashtags), 300):
+        spelling = wordnet.spellings(hashtag)[0]
+        assert int(wordnet.first_sense(hashtag)[1:]) == wordnet.reader._lemma_pos_offset_map[spelling]["n"][0]
+        assert spelling == min(wordnet.spellings(hashtag))  # index.noun is in the order of its bytes
+    assert wordnet.first_sense("brownbear") == "n02132136"
+    with pytest.raises(KeyError):
+        wordnet.first_sense("brownbears")
+
+
+def test_names_of_synsets_are_nltks(wordnet: WordNet) -> None:
+    for wnid in random.Random(4).sample(sorted(wordnet.wnids), 300):
+        assert wordnet.resolve(wordnet.reader.synset_from_pos_and_offset("n", int(wnid[1:])).name()) == wnid
+    assert wordnet.resolve("n02132136") == wordnet.resolve("Brown_Bear.n.01") == wordnet.resolve("brown bear.n.1")
+    for name in (
+        "animal",
+        "animal.n.00",
+        "animal.n.99",
+        "animal.v.01",
+        "n02132137",
+        "",
+        ".n.",
+        "xyzzy.n.01",
+        "animal.n.¹",
+    ):
+        with pytest.raises(UserError, match="no noun synset"):
+            wordnet.resolve(name)
+    with pytest.raises(UserError, match="crane has 5 noun senses"):
+        wordnet.resolve("crane.n.06")
+
+
 @pytest.mark.parametrize("wnid", ["n02132137", "02132136", "n2132136", "v02132136", ""])
 def test_an_id_that_is_no_noun_synset_is_a_users_mistake(wordnet: WordNet, wnid: str) -> None:
     with pytest.raises(UserError, match="no noun synset"):
@@ -169,7 +224,7 @@ def test_an_id_that_is_no_noun_synset_is_a_users_mistake(wordnet: WordNet, wnid:
 def test_only_the_one_warning_about_the_missing_omw_is_silenced(wordnet: WordNet, monkeypatch: Any) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        WordNet(wordnet.corpus).lemmas("n02132136")
+        assert WordNet(wordnet.corpus).reader
     assert not [w for w in caught if issubclass(w.category, UserWarning)]
 
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
@@ -206,7 +261,7 @@ def test_a_forked_child_opens_a_reader_of_its_own(wordnet: WordNet) -> None:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(write, b"own" if wordnet.reader is not parents and wordnet.lemmas("n02132136") else b"shared")
+        os.write(write, b"own" if wordnet.reader is not parents and wordnet.reader.synset("dog.n.01") else b"shared")
         os._exit(0)
     os.waitpid(child, 0)
     os.close(write)
@@ -215,10 +270,19 @@ def test_a_forked_child_opens_a_reader_of_its_own(wordnet: WordNet) -> None:
     assert wordnet.reader is parents
 
 
-def test_a_pickled_copy_reads_the_same(wordnet: WordNet) -> None:
-    copy = pickle.loads(pickle.dumps(wordnet))  # noqa: S301 (our own bytes)
-    assert copy.corpus == wordnet.corpus
-    assert copy.read("geese") == wordnet.read("geese")
+def _look(wordnet: WordNet) -> tuple[Path, Reading, tuple[str, ...]]:
+    return wordnet.corpus, wordnet.read("geese"), wordnet.lemmas("n02132136")
+
+
+def test_a_pickled_copy_reads_the_same_in_another_process(wordnet: WordNet) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_look, (wordnet,)) == _look(wordnet)
+    assert pickle.loads(pickle.dumps(wordnet)) is WordNet.load(wordnet.corpus.parents[2])  # noqa: S301 (our own bytes)
+
+
+def test_who_loads_the_same_cache_shares_the_table(tmp_path: Path) -> None:
+    assert WordNet.load(tmp_path / "a") is WordNet.load(tmp_path / "a")
+    assert WordNet.load(tmp_path / "a") is not WordNet.load(tmp_path / "b")
 
 
 @pytest.mark.parametrize("name", ["data.noun", "index.noun", "noun.exc", "lexnames", "index.verb"])
@@ -301,7 +365,7 @@ from pathlib import Path
 from scale_wsl.hashtags.wordnet import WordNet
 
 os.umask(int(sys.argv[2], 8))
-print(WordNet.load(Path(sys.argv[1])).lemmas("n02132136")[0])
+print(WordNet.load(Path(sys.argv[1])).reader.synset_from_pos_and_offset("n", 2132136).lemma_names()[0])
 """
 
 
@@ -353,6 +417,7 @@ def test_the_shipped_files_are_those_rebuilt_from_wordnet_base(builder: ModuleTy
         *(f"{name}.xz" for name in rebuilt),
         "SHA256SUMS",
         "LICENSE.wordnet",
+        "imagenet1k.txt",  # not WordNet's
     }
     for name, content in rebuilt.items():  # uncompressed: another liblzma may pack otherwise
         assert lzma.decompress((DATA / f"{name}.xz").read_bytes()) == content, name

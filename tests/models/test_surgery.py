@@ -84,6 +84,16 @@ def test_rows_go_by_meaning() -> None:
     assert json.loads(json.dumps(dataclasses.asdict(report)))["taken_over"] == 2
 
 
+def test_rows_of_hashtags_without_synsets_go_by_their_names() -> None:
+    old = _vocabulary(("selfie", [], 9), ("tbt", [], 8), ("crane", [5, 6], 7), ("ootd", [], 6))
+    new = _vocabulary(("tbt", [], 90), ("fyp", [], 80), ("selfie", [], 70), ("crane", [], 60), ("ootd look", [8], 50))
+    rows, report = match_rows(old, new)
+    assert rows.tolist() == [1, -1, 0, -1, -1]
+    assert (report.taken_over, report.new, report.dropped) == (2, ("fyp",), ("crane", "ootd"))
+    assert report.ambiguous == {"crane": ("crane",), "ootd": ("ootd",)}  # with synsets, and without
+    assert match_rows(old, new, take_ambiguous=True)[0].tolist() == [1, -1, 0, 2, 3]
+
+
 def test_the_summary_says_what_became_of_every_class() -> None:
     assert match_rows(_OLD, _NEW)[1].summary().splitlines() == [
         "2 hashtags taken over, 1 of them under another name",

@@ -30,7 +30,6 @@ import numpy as np
 import scale_wsl
 from scale_wsl.corpus.execution import Workers, run_stage
 from scale_wsl.corpus.naming import DatasetName
-from scale_wsl.corpus.places import wordnet
 from scale_wsl.corpus.posts import Source
 from scale_wsl.corpus.prepare import choose
 from scale_wsl.corpus.prepare.config import PrepareConfig
@@ -44,7 +43,7 @@ from scale_wsl.corpus.prepare.write import Writer, dealt_facts, shard_tasks
 from scale_wsl.corpus.writing import write_manifest
 from scale_wsl.errors import UserError
 from scale_wsl.files import published_file
-from scale_wsl.hashtags import Vocabulary
+from scale_wsl.hashtags import Vocabulary, WordNet
 from scale_wsl.hashtags.counts import HashtagCounts
 from scale_wsl.hashtags.report import VocabularyReport
 from scale_wsl.hashtags.rules import VocabularyRule
@@ -239,10 +238,10 @@ class _Preparation:
             counts.merge(HashtagCounts.load(self.work.counts(span)))
         if isinstance(self.rule, Vocabulary):
             vocabulary, rule = self.rule, self.rule.rule
-            _, report = Vocabulary.of_counts(counts, rule, min_count=1, wordnet=wordnet())
+            _, report = Vocabulary.of_counts(counts, rule, min_count=1, wordnet=WordNet.load())
         else:
             vocabulary, report = Vocabulary.of_counts(
-                counts, self.rule, min_count=self.config.min_count, size=self.config.size, wordnet=wordnet()
+                counts, self.rule, min_count=self.config.min_count, size=self.config.size, wordnet=WordNet.load()
             )
         if not vocabulary.entries:
             training = int((chosen.fate == choose.TRAIN).sum())
