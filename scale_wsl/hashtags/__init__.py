@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from scale_wsl.hashtags.captions import find_hashtags, find_hashtags_in
 from scale_wsl.hashtags.explain import explain
 from scale_wsl.hashtags.normalize import normalize, normalize_all
 from scale_wsl.hashtags.vocabulary import Entry, Vocabulary, VocabularyReport
 from scale_wsl.hashtags.wordnet import WordNet
 
-__all__ = ["Entry", "Vocabulary", "VocabularyReport", "WordNet", "explain", "normalize", "normalize_all"]
+__all__ = [
+    "Entry",
+    "Vocabulary",
+    "VocabularyReport",
+    "WordNet",
+    "explain",
+    "find_hashtags",
+    "find_hashtags_in",
+    "normalize",
+    "normalize_all",
+]
