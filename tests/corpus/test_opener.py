@@ -37,7 +37,9 @@ def opener(guard: Guard | None = None, max_bytes: int = MIB, budget: int = 4 * M
 
 
 def fetch(url: str, timeout: float = 5.0, by: Opener | None = None) -> bytes:
-    with (by or opener()).open(urllib.request.Request(url, headers={"User-Agent": "test"}), timeout=timeout) as response:
+    with (by or opener()).open(
+        urllib.request.Request(url, headers={"User-Agent": "test"}), timeout=timeout
+    ) as response:
         body: bytes = response.read()
     return body
 
