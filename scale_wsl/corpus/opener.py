@@ -13,6 +13,7 @@ import contextlib
 import functools
 import http.client
 import io
+import re
 import socket
 import ssl
 import string
@@ -32,6 +33,8 @@ _CHUNK = 1 << 16  # bytes
 _FIRST_ROOM = 1 << 20  # bytes of a body whose length the server does not say
 _REDIRECTS = 5
 _TIMEOUT = 30.0  # seconds, where the caller gives none
+_PASSING = re.compile("timeout|no connection|broken off|unknown host|no HTTP|HTTP (408|425|429|5..)")
+"""What another attempt may mend."""
 
 
 class Budget:
@@ -137,7 +140,7 @@ class _Response(http.client.HTTPResponse):
             return super().read(amount)
         limit, budget, length = self._opener.max_bytes, self._opener.budget, self.length
         if length is not None and length > limit:
-            raise Refused("too many bytes", f"{length:,}, where {limit:,} are the limit")
+            raise self._opener.remembered(Refused("too many bytes", f"{length:,}, where {limit:,} are the limit"))
         room = min(_FIRST_ROOM, limit) if length is None else length
         with self._deadline.stopped():
             budget.reserve(room)
@@ -149,7 +152,8 @@ class _Response(http.client.HTTPResponse):
                         stack.enter_context(budget.grown())
                     body += self._read_up_to(limit - room + 1)
                     if len(body) > limit:
-                        raise Refused("too many bytes", f"more than the limit of {limit:,}")
+                        too_many = Refused("too many bytes", f"more than the limit of {limit:,}")
+                        raise self._opener.remembered(too_many)
                     budget.give_back(room - len(body))
                     room = len(body)
             if length is not None and len(body) < length:
@@ -276,6 +280,7 @@ class Opener(urllib.request.OpenerDirector):
         self.max_bytes = max_bytes
         self.budget = Budget(budget)
         self.tls = ssl.create_default_context()
+        self._last = threading.local()  # what this thread opened last, and why that is of no use
         handlers = [
             _Handler(self),
             _Redirects(),
@@ -291,14 +296,31 @@ class Opener(urllib.request.OpenerDirector):
     def open(self, fullurl: Any, data: Any = None, timeout: float | None = None) -> Any:
         """The response to a URL or a plain request for one.
 
+        A caller that tries again what cannot change (img2dataset does) is answered without another request.
+
         Raises:
             Refused: It may not be fetched or could not be; "HTTP 404" and the like are reasons too.
         """
-        request = fullurl
-        if not isinstance(request, _Request):
-            plain = urllib.request.Request(fullurl) if isinstance(fullurl, str) else fullurl
-            seconds = timeout if isinstance(timeout, int | float) else _TIMEOUT
-            request = _Request(self.guard.check(plain.full_url), dict(plain.headers), _Deadline(seconds), 0)
+        if isinstance(fullurl, _Request):
+            return self._open_once(fullurl)
+        plain = urllib.request.Request(fullurl) if isinstance(fullurl, str) else fullurl
+        if getattr(self._last, "url", None) == plain.full_url and self._last.refused is not None:
+            raise Refused(*self._last.refused.args)
+        self._last.url, self._last.refused = plain.full_url, None
+        seconds = timeout if isinstance(timeout, int | float) else _TIMEOUT
+        try:
+            url = self.guard.check(plain.full_url)
+            return self._open_once(_Request(url, dict(plain.headers), _Deadline(seconds), 0))
+        except Refused as refused:
+            raise self.remembered(refused) from None
+
+    def remembered(self, refused: Refused) -> Refused:
+        """The same; where another attempt cannot mend it, the next one by this thread fails without a request."""
+        if not _PASSING.match(refused.reason):
+            self._last.refused = refused
+        return refused
+
+    def _open_once(self, request: _Request) -> Any:
         try:
             return super().open(request, timeout=request.deadline.left())
         except (OSError, http.client.HTTPException, ValueError) as error:

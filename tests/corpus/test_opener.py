@@ -101,6 +101,19 @@ def test_the_time_is_that_of_all_redirects(server: Web) -> None:
     assert time.monotonic() - start < 4
 
 
+def test_what_another_attempt_cannot_mend_is_asked_for_once(server: Web) -> None:
+    for path, times in (("missing/1", 1), (f"large/{3 * MIB}", 1), (f"endless/{2 * MIB}", 1), ("broken/1", 3)):
+        by = opener()
+        server.asked.clear()
+        reasons = {refusal(f"{server.url}/{path}", by=by).reason for _ in range(3)}
+        assert len(reasons) == 1
+        assert server.asked[f"/{path}"] == times
+        assert fetch(f"{server.url}/image/1", by=by) == image_of(1)
+        by.budget.give_back(by.budget.taken)
+        assert refusal(f"{server.url}/{path}", by=by).reason in reasons
+        assert server.asked[f"/{path}"] == times + 1
+
+
 def test_nobody_is_there() -> None:
     assert refusal("http://127.0.0.1:9/").reason == "no connection"
     assert refusal("http://nowhere.invalid/").reason == "unknown host"
