@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from scale_wsl.corpus.addresses import Guard
 from scale_wsl.corpus.download_processes import Processes
-from scale_wsl.corpus.download_rows import count, digest, read_rows, table_files, write_rows
+from scale_wsl.corpus.download_rows import count, digest, read_rows, reduce_row, table_files, write_rows
 from scale_wsl.corpus.download_shard import Settings, files_of
 from scale_wsl.corpus.images import LARGEST_MAX_PIXELS
 from scale_wsl.corpus.rejects import Reject
@@ -275,15 +275,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _is_whole(out: Path, number: int, rows: int) -> bool:
-    """Whether a shard is there with so many rows, and its files as they were written."""
+def _rows_of(out: Path, number: int) -> int | None:
+    """The rows of a shard that is there whole, its files as they were written; None where it is not."""
     *files, stats = files_of(out, number)
     facts = _read_json(stats)
     try:
         sizes = {path.name: path.stat().st_size for path in files}
     except OSError:
-        return False
-    return facts.get("files") == sizes and facts.get("rows") == rows
+        return None
+    rows = facts.get("rows")
+    return rows if facts.get("files") == sizes and isinstance(rows, int) else None
 
 
 # --- fetching ------------------------------------------------------------------------------------------------------
@@ -291,8 +292,7 @@ def _is_whole(out: Path, number: int, rows: int) -> bool:
 
 def _fetch(files: list[str], out: Path, staging: Path, config: DownloadConfig) -> int:
     """Fetch every shard that is not there yet; how many there are."""
-    number = -1
-    images = 0
+    number = images = 0
     waiting: dict[Future[int], int] = {}
     bar = tqdm(desc="downloading", unit=" posts", disable=None, total=count(files, config.limit))
 
@@ -305,21 +305,27 @@ def _fetch(files: list[str], out: Path, staging: Path, config: DownloadConfig) -
 
     with bar, Processes(_settings(out, staging, config), config.processes or min(4, _cores())) as processes:
         columns = [config.image, config.hashtags, *([] if config.group is None else [config.group])]
-        rows = read_rows(files, columns, config.limit, Guard(allow_private=config.allow_private))
-        while shard := list(itertools.islice(rows, config.images_per_shard)):
+        rows = read_rows(files, columns, config.limit)
+        guard = Guard(allow_private=config.allow_private)
+        while True:
+            taken = itertools.islice(rows, config.images_per_shard)
+            if (there := _rows_of(out, number)) is not None:
+                if (passed := sum(1 for _ in taken)) != there:
+                    raise UserError(f"shard {number} in {out} has {there:,} rows, not {passed:,}: use --overwrite")
+                bar.update(passed)
+            elif shard := [reduce_row(row, guard) for row in taken]:
+                while len(waiting) > processes.count:  # one for each, and one that the next takes
+                    finish_some()
+                write_rows(shard, staging / str(number))
+                waiting[processes.submit(number)] = len(shard)
+            else:
+                break
             number += 1
-            if _is_whole(out, number, len(shard)):
-                bar.update(len(shard))
-                continue
-            while len(waiting) > processes.count:  # one for each, and one that the next takes
-                finish_some()
-            write_rows(shard, staging / str(number))
-            waiting[processes.submit(number)] = len(shard)
         while waiting:
             finish_some()
-    if number < 0:
+    if number == 0:
         raise UserError(f"the table {files[0]} has no rows")
-    return number + 1
+    return number
 
 
 def _settings(out: Path, staging: Path, config: DownloadConfig) -> Settings:

@@ -22,7 +22,10 @@ from scale_wsl.corpus.sources.table import SUFFIXES
 from scale_wsl.errors import UserError
 from scale_wsl.hashtags import find_hashtags
 
-__all__ = ["count", "digest", "read_rows", "table_files", "write_rows"]
+__all__ = ["RawRow", "count", "digest", "read_rows", "reduce_row", "table_files", "write_rows"]
+
+RawRow = tuple[int, list[Any]]
+"""A row's number, and its cells as the table has them."""
 
 _MOST_TEXT = 1 << 16  # characters of a row's hashtags, or of its caption, and its group
 
@@ -86,34 +89,28 @@ def count(files: list[str], limit: int | None) -> int | None:
     return rows if limit is None else min(rows, limit)
 
 
-def read_rows(files: list[str], columns: list[str], limit: int | None, guard: Guard) -> Iterator[dict[str, Any]]:
-    """Every row of a table in order: `row` (its number), `url`, `hashtags`, `caption`, `group`, and `refused`.
+def read_rows(files: list[str], columns: list[str], limit: int | None) -> Iterator[RawRow]:
+    """Every row of a table in order, counted from 0 over all files.
 
     Args:
         files: As `table_files` gives them.
         columns: Of the URL, of the hashtags and, where there is one, of the group.
         limit: Rows; None: all.
-        guard: Says which URLs may be asked for.
 
     Raises:
         UserError: A file cannot be read.
     """
     rows = itertools.chain.from_iterable(SUFFIXES[Path(path).suffix.lower()](path, columns) for path in files)
     for number, row in enumerate(itertools.islice(rows, limit)):
-        url, hashtags, *group = (row[column] for column in columns)
-        yield _row(number, url, hashtags, group[0] if group else None, guard)
+        yield number, [row[column] for column in columns]
 
 
-def _row(number: int, url: Any, hashtags: Any, group: Any, guard: Guard) -> dict[str, Any]:
-    """What is fetched of a row and kept of it; `refused` says why nothing will be."""
-    kept: dict[str, Any] = {
-        "row": number,
-        "url": None,
-        "hashtags": None,
-        "caption": None,
-        "group": None,
-        "refused": None,
-    }
+def reduce_row(raw: RawRow, guard: Guard) -> dict[str, Any]:
+    """What is fetched and kept of a row: its number, URL, hashtags, caption and group; or `refused`, why nothing is."""
+    number, (url, hashtags, *groups) = raw
+    group = groups[0] if groups else None
+    kept: dict[str, Any] = dict.fromkeys(("url", "hashtags", "caption", "group", "refused"))
+    kept["row"] = number
     try:
         guard.check(url)
     except Refused as refused:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scale_wsl.corpus.addresses import Guard
-from scale_wsl.corpus.download_rows import count, digest, read_rows, table_files, write_rows
+from scale_wsl.corpus.download_rows import count, digest, read_rows, reduce_row, table_files, write_rows
 from scale_wsl.corpus.download_shard import ROWS
 from scale_wsl.errors import UserError
 from tests.corpus.sources.test_table import write_csv, write_jsonl, write_parquet
@@ -19,7 +19,7 @@ URL = "http://example.com/a.jpg"
 
 
 def rows_of(path: Path, *columns: str, limit: int | None = None) -> list[dict[str, Any]]:
-    return list(read_rows([str(path)], list(columns or ("url", "hashtags")), limit, Guard()))
+    return [reduce_row(row, Guard()) for row in read_rows([str(path)], list(columns or ("url", "hashtags")), limit)]
 
 
 def one(tmp_path: Path, url: Any, hashtags: Any = "cat", group: Any = None) -> dict[str, Any]:
@@ -75,9 +75,9 @@ def test_rows_are_counted_over_all_files(tmp_path: Path) -> None:
         write_parquet(tmp_path / f"{name}.parquet", [{"url": f"{name}{i}", "hashtags": "x"} for i in range(number)])
     files = table_files(str(tmp_path))
     assert [Path(path).name for path in files] == ["a.parquet", "b.parquet"]
-    rows = list(read_rows(files, ["url", "hashtags"], None, Guard()))
-    assert [(row["row"], row["url"]) for row in rows] == [(0, "a0"), (1, "a1"), (2, "b0"), (3, "b1"), (4, "b2")]
-    assert len(list(read_rows(files, ["url", "hashtags"], 3, Guard()))) == 3
+    rows = list(read_rows(files, ["url", "hashtags"], None))
+    assert rows == [(0, ["a0", "x"]), (1, ["a1", "x"]), (2, ["b0", "x"]), (3, ["b1", "x"]), (4, ["b2", "x"])]
+    assert list(read_rows(files, ["url", "hashtags"], 3)) == rows[:3]
     assert (count(files, None), count(files, 3), count(files, 9)) == (5, 3, 5)
     write_csv(tmp_path / "c.csv", [{"url": "x", "hashtags": "y"}])
     assert count(table_files(str(tmp_path)), None) is None
