@@ -85,7 +85,7 @@ def _download(arguments: argparse.Namespace, extra: list[str]) -> None:
     print(downloaded.summary())
     if downloaded.reused:
         print(f"{downloaded.out} was downloaded before: nothing to do")
-    else:
+    elif downloaded.report["images"]:
         print(f"next: scale-wsl prepare {arguments.out}")
 
 

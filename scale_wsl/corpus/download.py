@@ -86,7 +86,8 @@ REASONS = frozenset(
 _HTTP_ERROR = re.compile(r"HTTP [0-9]{3}")
 _OPTED_OUT = "Use of image disallowed by X-Robots-Tag directive"  # img2dataset's words
 _STAGING = ".part"
-_LARGEST_JSON = 1 << 20  # bytes of download.json or of a shard's statistics; img2dataset counts its messages in these
+_LEFTOVER = re.compile(r"\.(download\.json|rejects\.parquet)\.[0-9a-f]{8}\.part")  # of published_file, after a crash
+_LARGEST_JSON = 64 << 20  # bytes of download.json or of a shard's statistics; img2dataset counts its messages in these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +186,11 @@ def download(
         )
     files = table_files(posts)
     recipe = {"posts": digest(files), **config.recorded()}
-    out = Path(out).absolute()
+    out = _resolved(out)
     with _locked(out):
         _begin(out, recipe, overwrite)
-        report = _read_facts(out)["report"]
-        if report is not None:
+        report = _read_facts(out).get("report")
+        if isinstance(report, dict):
             return Downloaded(out, True, report)
         staging = out / _STAGING
         shutil.rmtree(staging, ignore_errors=True)
@@ -202,6 +203,14 @@ def download(
 
 
 # --- the folder ----------------------------------------------------------------------------------------------------
+
+
+def _resolved(out: str | Path) -> Path:
+    """Where links lead: they stay, and the folder that they name is what is filled."""
+    try:
+        return Path(out).resolve()
+    except (OSError, RuntimeError):  # RuntimeError: links in a ring
+        raise UserError(f"{out} is no place for a folder: its links cannot be followed") from None
 
 
 @contextlib.contextmanager
@@ -218,6 +227,8 @@ def _locked(out: Path) -> Iterator[None]:
         raise UserError(f"cannot write into {out.parent}: {error.strerror}") from None
     try:
         yield
+    except OSError as error:  # the table's own errors are told where it is read
+        raise UserError(f"cannot write into {out}: {error.strerror or error}") from None
     finally:
         lock.release()
 
@@ -229,6 +240,9 @@ def _begin(out: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another folder")
     out.mkdir(exist_ok=True)
+    for path in out.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            path.unlink()
     if any(out.iterdir()):
         facts = _read_facts(out)
         if not overwrite:

@@ -116,10 +116,11 @@ class Processes:
         return self._staging / "log"
 
     def _start(self) -> subprocess.Popen[str]:
-        # -P: the working folder is not a place to import from. Ctrl-C is the parent's: a new session does not get it.
+        # -P: the working folder is not a place to import from. Warnings are img2dataset's own affair. Ctrl-C is the
+        # parent's: a new session does not get it.
         with open(self._log, "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _CODE],
+                [sys.executable, "-P", "-W", "ignore", "-c", _CODE],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

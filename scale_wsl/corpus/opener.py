@@ -30,7 +30,7 @@ from scale_wsl.corpus.addresses import Guard, Refused
 __all__ = ["Budget", "Opener"]
 
 _CHUNK = 1 << 16  # bytes
-_FIRST_ROOM = 1 << 20  # bytes of a body whose length the server does not say
+_FIRST_ROOM = 4 << 20  # bytes of a body whose length the server does not say
 _REDIRECTS = 5
 _TIMEOUT = 30.0  # seconds, where the caller gives none
 _PASSING = re.compile("timeout|no connection|broken off|unknown host|no HTTP|HTTP (408|425|429|5..)")
@@ -40,9 +40,9 @@ _PASSING = re.compile("timeout|no connection|broken off|unknown host|no HTTP|HTT
 class Budget:
     """Bytes that bodies may take at a time: those being read, and those read and not yet given back.
 
-    Room for a body is reserved before it is read. One of unknown length that outgrows its first room goes on alone:
-    one such body at a time, once all others keep within the budget. So no more is held than the budget and the largest
-    body, and none waits for another that waits.
+    Room for a body is reserved before it is read. One of unknown length that outgrows its first room goes on once all
+    others keep within the budget, two such bodies at a time. So no more is held than the budget and the two largest
+    bodies, and none waits for another that waits.
 
     Args:
         total: Bytes.
@@ -52,7 +52,7 @@ class Budget:
         self.total = total
         self.taken = 0
         self._changed = threading.Condition()
-        self._growing = threading.Lock()
+        self._growing = threading.Semaphore(2)
 
     def reserve(self, length: int) -> None:
         """Wait until so many bytes are free, or all of them."""
@@ -68,7 +68,7 @@ class Budget:
 
     @contextlib.contextmanager
     def grown(self) -> Iterator[None]:
-        """Wait to be the only body that grows; its growth is counted once it is known."""
+        """Wait to be one of two bodies that grow; the growth is counted once it is known."""
         with self._growing:
             with self._changed:
                 self._changed.wait_for(lambda: self.taken <= self.total)
@@ -271,7 +271,7 @@ class Opener(urllib.request.OpenerDirector):
     Args:
         guard: Says what may be fetched.
         max_bytes: The largest body.
-        budget: Bytes for all bodies at a time; the largest body is what may come on top.
+        budget: Bytes for all bodies at a time; the two largest bodies are what may come on top.
     """
 
     def __init__(self, guard: Guard, *, max_bytes: int, budget: int) -> None:

@@ -375,10 +375,39 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, overwrite: boo
         download(posts, tmp_path / "file" / "below", config(), overwrite=overwrite)
 
 
+def test_a_link_is_followed_and_what_a_crash_left_is_removed(tmp_path: Path) -> None:
+    posts = write(tmp_path / "posts.csv", [("ftp://x/", "cat")])
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    (tmp_path / "disk" / "out" / ".download.json.0123abcd.part").write_text('{"format": ')
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
+    for overwrite in (False, True):
+        assert download(posts, tmp_path / "out", config(), overwrite=overwrite).out == tmp_path / "disk" / "out"
+    assert (tmp_path / "out").is_symlink()
+    assert not list((tmp_path / "disk" / "out").glob(".*"))
+    (tmp_path / "ring").symlink_to(tmp_path / "ring")
+    with pytest.raises(UserError, match="links cannot be followed"):
+        download(posts, tmp_path / "ring", config())
+
+
+def test_a_full_disk_is_a_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_rows", full)
+    posts = write(tmp_path / "posts.csv", [("ftp://x/", "cat")])
+    with pytest.raises(UserError, match=r"cannot write into .*out: No space left on device"):
+        download(posts, tmp_path / "out", config())
+
+
 def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
     posts = write(tmp_path / "posts.csv", [("ftp://x/", "cat")])
     with FileLock(tmp_path / ".out.lock"), pytest.raises(UserError, match="another process is downloading"):
         download(posts, tmp_path / "out", config())
+
+
+def test_the_guide_names_every_reason() -> None:
+    guide = (ROOT / "docs" / "download.md").read_text("utf-8")
+    assert [reason for reason in REASONS if f"| `{reason}` |" not in guide] == []
 
 
 @pytest.mark.parametrize(
