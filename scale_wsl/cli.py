@@ -20,8 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from scale_wsl.commands import checkpoint, nothing_else, vocab
-from scale_wsl.recipe import describe
+from scale_wsl.commands import checkpoint, download, nothing_else
+from scale_wsl.errors import UserError
+from scale_wsl.recipe import describe, load_recipe, section
 from scale_wsl.training.failure import exit_code_of
 
 __all__ = ["main"]
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     vocab.add(commands)
     _add_track(commands)
     checkpoint.add(commands)
-    corpus.add(commands)
+    download.add(commands)
     return parser
 
 

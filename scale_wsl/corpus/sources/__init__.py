@@ -1,4 +1,4 @@
-"""Where posts come from: two corpora by name, and the user's own folder or table."""
+"""Where posts come from: two corpora by name, and the user's own folder, table or tars."""
 
 from __future__ import annotations
 
@@ -13,15 +13,26 @@ from scale_wsl.corpus.sources.emoji import EmojiSource
 from scale_wsl.corpus.sources.folder import FolderSource
 from scale_wsl.corpus.sources.openclipart import OpenclipartSource
 from scale_wsl.corpus.sources.table import SUFFIXES, TableSource
+from scale_wsl.corpus.sources.webdataset import WebDatasetSource, is_webdataset
 from scale_wsl.errors import UserError
 
-__all__ = ["SOURCES", "EmojiSource", "FolderSource", "OpenclipartSource", "TableSource", "open_source", "source_class"]
+__all__ = [
+    "SOURCES",
+    "EmojiSource",
+    "FolderSource",
+    "OpenclipartSource",
+    "TableSource",
+    "WebDatasetSource",
+    "open_source",
+    "source_class",
+]
 
 SOURCES: dict[str, type[Any]] = {
     "emoji": EmojiSource,
     "openclipart": OpenclipartSource,
     "folder": FolderSource,
     "table": TableSource,
+    "webdataset": WebDatasetSource,
 }
 
 
@@ -33,6 +44,8 @@ def source_class(name: str) -> type[Any]:
     """
     if name in SOURCES:
         return SOURCES[name]
+    if is_webdataset(name):
+        return WebDatasetSource
     path = Path(name)
     if os.path.isdir(path):  # unlike Path's, no error where a folder above may not be searched
         return FolderSource
@@ -40,11 +53,11 @@ def source_class(name: str) -> type[Any]:
         if path.suffix.lower() in SUFFIXES:
             return TableSource
         raise UserError(f"{name} is a file, but no table: its name would end in {', '.join(SUFFIXES)}")
-    raise UserError(f"{name!r} is no source: it must be {', '.join(SOURCES)}, or the path of a folder or a table")
+    raise UserError(f"{name!r} is no source: it must be {', '.join(SOURCES)}, or the path of a folder, a table or tars")
 
 
 def open_source(name: str, /, **options: Any) -> Source:
-    """A source by its name, `SOURCES`, or by the path of the user's own folder or table.
+    """A source by its name, `SOURCES`, or by the path of the user's own folder, table or tars.
 
     Raises:
         UserError: There is no such source, it has no such option, or it cannot be read.

@@ -153,7 +153,9 @@ def test_a_source_is_found_by_name_or_path(folder: Path, tmp_path: Path) -> None
     assert source_class(str(tmp_path / "posts.CSV")).__name__ == "TableSource"
     with pytest.raises(UserError, match="no table"):
         source_class(str(tmp_path / "posts.txt"))
-    with pytest.raises(UserError, match="'imagenet' is no source: it must be emoji, openclipart, folder, table, or"):
+    with pytest.raises(
+        UserError, match="'imagenet' is no source: it must be emoji, openclipart, folder, table, webdataset, or"
+    ):
         open_source("imagenet")
     with pytest.raises(UserError, match="has no option licenc; did you mean licence"):
         open_source(str(folder), licenc="x")
