@@ -2,8 +2,12 @@
 
 scale-wsl prepare emoji
 scale-wsl prepare photos/ --out data/photos prepare.min_count=20
+scale-wsl download posts.csv --out data/posts
 scale-wsl vocab build posts.parquet --rule noun:8500 --out vocab.json
 scale-wsl vocab explain brownbear --vocabulary data/emoji
+scale-wsl corpus show data/emoji
+scale-wsl corpus subset data/emoji --images 400
+scale-wsl corpus resample data/emoji --out epoch.png
 scale-wsl track replay runs/emoji
 scale-wsl checkpoint export runs/emoji --out exported
 """
@@ -20,21 +24,25 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from scale_wsl.commands import checkpoint, download, nothing_else
-from scale_wsl.errors import UserError
-from scale_wsl.recipe import describe, load_recipe, section
+from scale_wsl.commands import checkpoint, corpus, download, nothing_else, vocab
+from scale_wsl.commands.sources import source_recipe
+from scale_wsl.recipe import describe
 from scale_wsl.training.failure import exit_code_of
 
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Prepare hashtagged images for pretraining, build and look at vocabularies, send what MLflow missed, look at, check and
-export checkpoints. Training itself is recipes/pretrain.py.
+Prepare hashtagged images for pretraining: download them, build vocabularies, make and look at data sets. Send what
+MLflow missed; look at, check and export checkpoints. Training itself is recipes/pretrain.py.
 
   scale-wsl prepare emoji
   scale-wsl prepare photos/ --out data/photos prepare.min_count=20
+  scale-wsl download posts.csv --out data/posts
   scale-wsl vocab build posts.parquet --rule noun:8500 --out vocab.json
   scale-wsl vocab explain brownbear --vocabulary data/emoji
+  scale-wsl corpus show data/emoji
+  scale-wsl corpus subset data/emoji --images 400
+  scale-wsl corpus resample data/emoji --out epoch.png
   scale-wsl track replay runs/emoji
   scale-wsl checkpoint export runs/emoji --out exported
 """
@@ -62,10 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_prepare(commands)
+    download.add(commands)
     vocab.add(commands)
+    corpus.add(commands)
     _add_track(commands)
     checkpoint.add(commands)
-    download.add(commands)
     return parser
 
 

@@ -130,8 +130,8 @@ def _label(arguments: argparse.Namespace, extra: list[str]) -> None:
     figures = label_posts(source, arguments.vocabulary, arguments.out, workers=workers, overwrite=arguments.overwrite)
     share = figures["kept"] / max(figures["posts"], 1)
     print(
-        f"{figures['posts']:,} posts, {figures['rejected']:,} of them rejected; {figures['kept']:,} ({share:.1%}) have a "
-        f"label: {arguments.out}"
+        f"{figures['posts']:,} posts, {figures['rejected']:,} of them rejected; "
+        f"{figures['kept']:,} ({share:.1%}) have a label: {arguments.out}"
     )
 
 

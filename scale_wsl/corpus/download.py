@@ -40,7 +40,7 @@ from scale_wsl.corpus.download_processes import Processes
 from scale_wsl.corpus.download_rows import count, digest, read_rows, reduce_row, table_files, write_rows
 from scale_wsl.corpus.download_shard import Settings, files_of
 from scale_wsl.corpus.images import LARGEST_MAX_PIXELS
-from scale_wsl.corpus.rejects import Reject
+from scale_wsl.corpus.rejects import RowReject
 from scale_wsl.errors import UserError
 from scale_wsl.files import published_file, sync_folder
 
@@ -389,11 +389,11 @@ def _report(out: Path, shards: int) -> dict[str, Any]:
     }
 
 
-def _reject(row: int, message: str) -> Reject:
+def _reject(row: int, message: str) -> RowReject:
     """Why a row has no image, from the message in its shard's table: `reason: detail`, or img2dataset's own words."""
     reason, _, detail = message.partition(": ")
     if reason in REASONS or _HTTP_ERROR.fullmatch(reason):
-        return Reject(row, reason, detail)
+        return RowReject(row, reason, detail)
     if message == _OPTED_OUT:
-        return Reject(row, "opted out", message)
-    return Reject(row, "other", message)
+        return RowReject(row, "opted out", message)
+    return RowReject(row, "other", message)

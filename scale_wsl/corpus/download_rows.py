@@ -5,7 +5,6 @@ Must never hold more of the table than a few rows, or of a row more than what it
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import os
@@ -17,15 +16,18 @@ from tqdm import tqdm
 
 from scale_wsl.corpus.addresses import LONGEST_URL, Guard, Refused
 from scale_wsl.corpus.download_shard import ROWS
-from scale_wsl.corpus.posts import split_hashtags
+from scale_wsl.corpus.posts import Reject, split_hashtags
+from scale_wsl.corpus.sources.cells import cells_of
+from scale_wsl.corpus.sources.files import find_files, is_remote
+from scale_wsl.corpus.sources.rows import READERS, TableSplit, parquet_splits
 from scale_wsl.corpus.sources.table import SUFFIXES
 from scale_wsl.errors import UserError
 from scale_wsl.hashtags import find_hashtags
 
 __all__ = ["RawRow", "count", "digest", "read_rows", "reduce_row", "table_files", "write_rows"]
 
-RawRow = tuple[int, list[Any]]
-"""A row's number, and its cells as the table has them."""
+RawRow = tuple[int, list[Any] | Reject]
+"""A row's number, and its cells as the table has them, or why there are none."""
 
 _MOST_TEXT = 1 << 16  # characters of a row's hashtags, or of its caption, and its group
 
@@ -34,28 +36,11 @@ def table_files(posts: str) -> list[str]:
     """The files of a table, by path; in a folder, but for those whose names begin with a dot or underscore.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or they are not on this machine.
     """
-    kinds = ", ".join(SUFFIXES)
-    if os.path.isfile(posts):
-        if Path(posts).suffix.lower() not in SUFFIXES:
-            raise UserError(f"the table {posts} is of no known kind: its name must end in {kinds}")
-        return [posts]
-    if os.path.isdir(posts):
-        try:
-            found = [
-                entry.path for entry in os.scandir(posts) if entry.is_file() and not entry.name.startswith((".", "_"))
-            ]
-        except OSError as error:
-            raise UserError(f"cannot read the folder {posts}: {error.strerror}") from None
-    else:
-        found = [path for path in glob.iglob(posts, recursive=True) if os.path.isfile(path)]
-    tables = sorted(path for path in found if Path(path).suffix.lower() in SUFFIXES)
-    if not tables:
-        raise UserError(
-            f"there is no table at {posts}: it must be a file whose name ends in {kinds}, or a folder of such"
-        )
-    return tables
+    if is_remote(posts):
+        raise UserError(f"the table {posts} must be on this machine")
+    return [file.path for file in find_files(posts, SUFFIXES)]
 
 
 def digest(files: list[str]) -> str:
@@ -100,17 +85,29 @@ def read_rows(files: list[str], columns: list[str], limit: int | None) -> Iterat
     Raises:
         UserError: A file cannot be read.
     """
-    rows = itertools.chain.from_iterable(SUFFIXES[Path(path).suffix.lower()](path, columns) for path in files)
-    for number, row in enumerate(itertools.islice(rows, limit)):
-        yield number, [row[column] for column in columns]
+    yield from itertools.islice(enumerate(_rows(files, columns)), limit)
+
+
+def _rows(files: list[str], columns: list[str]) -> Iterator[list[Any] | Reject]:
+    for number, path in enumerate(files):
+        whole = TableSplit(path, path, number, 0)
+        suffix = Path(path).suffix.lower()
+        for split in parquet_splits(whole) if suffix == ".parquet" else [whole]:
+            for rows in READERS[suffix](split, columns, False):
+                cells = [cells_of(rows.columns[column]) for column in columns]
+                yield from map(list, zip(*cells, strict=True))
+                yield from rows.rejects
 
 
 def reduce_row(raw: RawRow, guard: Guard) -> dict[str, Any]:
     """What is fetched and kept of a row: its number, URL, hashtags, caption and group; or `refused`, why nothing is."""
-    number, (url, hashtags, *groups) = raw
-    group = groups[0] if groups else None
+    number, cells = raw
     kept: dict[str, Any] = dict.fromkeys(("url", "hashtags", "caption", "group", "refused"))
     kept["row"] = number
+    if isinstance(cells, Reject):
+        return kept | {"refused": f"{cells.reason}: {cells.key} of its file, {cells.detail}".rstrip(", ")}
+    url, hashtags, *groups = cells
+    group = groups[0] if groups else None
     try:
         guard.check(url)
     except Refused as refused:

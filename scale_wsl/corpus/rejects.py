@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Reject"]
+__all__ = ["RowReject"]
 
 _LONGEST_DETAIL = 300  # characters
 
 
 @dataclass(frozen=True, slots=True)
-class Reject:
+class RowReject:
     """A post, or a part of one, that was refused."""
 
     row: int

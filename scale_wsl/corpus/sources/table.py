@@ -14,10 +14,11 @@ from typing import Any
 
 from scale_wsl.corpus.naming import DatasetName
 from scale_wsl.corpus.posts import Batch, Reject, Source, key_of, posts_schema, split_hashtags
+from scale_wsl.corpus.sources.cells import NotText, cells_of, is_list_of_text, is_utf8
 from scale_wsl.corpus.sources.files import find_files, is_remote
 from scale_wsl.corpus.sources.rows import READERS, Rows, TableSplit, open_parquet, parquet_splits, unreadable
 from scale_wsl.errors import UserError
-from scale_wsl.hashtags.captions import find_hashtags_in
+from scale_wsl.hashtags import find_hashtags_in
 from scale_wsl.recipe import setting
 
 __all__ = ["SUFFIXES", "TableSource"]
@@ -121,7 +122,7 @@ class TableSource(Source):
         posts = _Posts(self, images=False)
         for rows in self._rows(split, images=True):
             batch, kept = posts.batch(split, rows)
-            cells = _cells(rows.columns[self.image])
+            cells = cells_of(rows.columns[self.image])
             yield batch, [_reference(cells[i]) for i in kept]
 
     def _rows(self, split: TableSplit, images: bool) -> Iterator[Rows]:
@@ -150,7 +151,7 @@ class _Posts:
         tags = _Tags(rows.columns[source.tags], source.caption is not None)
         bad = dict(tags.bad)
         places: list[tuple[str, bytes]] = [("", b"")] * len(keys)
-        for i, cell in enumerate(_cells(rows.columns[source.image]) if self.images else ()):
+        for i, cell in enumerate(cells_of(rows.columns[source.image]) if self.images else ()):
             if i not in bad:
                 place = self._place(cell)
                 if isinstance(place, str):
@@ -158,7 +159,7 @@ class _Posts:
                 else:
                     places[i] = place
         keep = [i for i in range(len(keys)) if i not in bad]
-        groups = None if source.group is None else _cells(rows.columns[source.group])
+        groups = None if source.group is None else cells_of(rows.columns[source.group])
         columns = [
             pa.array([keys[i] for i in keep], pa.string()),
             tags.lists if len(keep) == len(keys) else tags.lists.take(pa.array(keep, pa.int64())),
@@ -174,7 +175,7 @@ class _Posts:
 
     def _keys(self, split: TableSplit, rows: Rows) -> list[str]:
         if self.source.key is not None:
-            cells = _cells(rows.columns[self.source.key])
+            cells = cells_of(rows.columns[self.source.key])
             return [key_of("" if cell is None else _whole(str(cell))) for cell in cells]
         before = "" if self.one_file else f"{split.file:05d}_"
         return [f"{before}{number:09d}" for number in rows.numbers]
@@ -183,7 +184,7 @@ class _Posts:
         """("path" or "data", it), or why there is none."""
         if isinstance(value, dict):  # as the `datasets` library stores images
             value = content if isinstance(content := value.get("bytes"), bytes) else value.get("path")
-        if isinstance(value, _NotText):
+        if isinstance(value, NotText):
             return "not UTF-8"
         if isinstance(value, bytes):
             return "data", value
@@ -218,12 +219,12 @@ class _Tags:
 
         self.bad: dict[int, str] = {}
         strings = pa.list_(pa.string())
-        if isinstance(column, pa.Array) and _is_list_of_text(column.type) and not is_caption:
+        if isinstance(column, pa.Array) and is_list_of_text(column.type) and not is_caption:
             lists = column.cast(strings)
-            if _is_utf8(lists.flatten()):
+            if is_utf8(lists.flatten()):
                 self.lists = lists
                 return
-        self.lists = pa.array(self._parsed(_cells(column), is_caption), strings)
+        self.lists = pa.array(self._parsed(cells_of(column), is_caption), strings)
 
     def _parsed(self, cells: Sequence[Any], is_caption: bool) -> list[tuple[str, ...]]:
         found: list[tuple[str, ...]] = [()] * len(cells)
@@ -231,7 +232,7 @@ class _Tags:
         for i, cell in enumerate(cells):
             if cell is None:
                 continue
-            if isinstance(cell, _NotText):
+            if isinstance(cell, NotText):
                 self.bad[i] = "not UTF-8"
             elif isinstance(cell, str):
                 if len(cell) > _LONGEST_TEXT:
@@ -248,76 +249,6 @@ class _Tags:
         for number, i in enumerate(captions):
             found[i] = tuple(map(_whole, tags[offsets[number] : offsets[number + 1]]))
         return found
-
-
-def _is_list_of_text(kind: Any) -> bool:
-    import pyarrow as pa
-
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        return False
-    inner = kind.value_type
-    if pa.types.is_dictionary(inner):
-        inner = inner.value_type
-    return bool(pa.types.is_string(inner) or pa.types.is_large_string(inner))
-
-
-def _is_utf8(values: Any) -> bool:
-    """Whether all are: Parquet's word for it is not checked when it is read."""
-    import pyarrow as pa
-
-    try:
-        values.validate(full=True)
-    except pa.ArrowInvalid:
-        return False
-    return True
-
-
-def _cells(column: Any) -> Sequence[Any]:
-    """A column as Python values; `_NotText` where a text is not UTF-8."""
-    if isinstance(column, list):
-        return column
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        if _is_utf8(column):
-            return list(column.to_pylist())
-        wide = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
-        return [_decoded(cell) for cell in column.view(wide).to_pylist()]
-    if _is_list_of_text(column.type):
-        values = _cells(column.flatten())
-        lengths = column.value_lengths().to_pylist()
-        cells: list[Any] = []
-        start = 0
-        for length in lengths:
-            part = None if length is None else list(values[start : start + length])
-            # One tag that is no text spoils the list: nobody knows what else was damaged.
-            cells.append(_NotText() if part and any(isinstance(tag, _NotText) for tag in part) else part)
-            start += length or 0
-        return cells
-    try:
-        return list(column.to_pylist())
-    except UnicodeDecodeError:  # inside a struct
-        return [_value(cell) for cell in column]
-
-
-def _value(cell: Any) -> Any:
-    try:
-        return cell.as_py()
-    except UnicodeDecodeError:
-        return None
-
-
-class _NotText:
-    """Stands for a text that is not UTF-8."""
-
-
-def _decoded(cell: bytes | None) -> str | _NotText | None:
-    try:
-        return None if cell is None else cell.decode()
-    except UnicodeDecodeError:
-        return _NotText()
 
 
 def _group(cell: Any) -> str | None:

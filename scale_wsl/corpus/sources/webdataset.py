@@ -8,56 +8,28 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import logging
 import os
 import stat
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scale_wsl.corpus.naming import DatasetName
-from scale_wsl.corpus.posts import Post, key_of, split_hashtags
-from scale_wsl.corpus.rejects import Reject
+from scale_wsl.corpus.posts import Post, PostSource, Reject, key_of, split_hashtags
+from scale_wsl.corpus.rejects import RowReject
 from scale_wsl.corpus.sources.tar import Damage, Member, scan
 from scale_wsl.errors import UserError
 from scale_wsl.hashtags import find_hashtags
 from scale_wsl.recipe import setting
 
-__all__ = ["Fields", "TarImage", "WebDatasetSource", "is_webdataset", "read_tar"]
+__all__ = ["Fields", "WebDatasetSource", "is_webdataset", "read_tar"]
 
 _SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp"))
 _LARGEST_SIDECAR = 1 << 20  # bytes
 _WITH_CAPTION = "caption"  # the field of which only the #hashtags count
 _LOOKED_FOR = ("hashtags", "tags", _WITH_CAPTION)
 _UNFINISHED = "download.json"  # of `scale-wsl download`; see corpus/download.py
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TarImage:
-    """An image's file inside a tar; calling it reads the bytes."""
-
-    tar: Path
-    offset: int
-    length: int
-
-    def __call__(self) -> bytes:
-        """The bytes, by one positioned read.
-
-        Raises:
-            UserError: The tar is gone, or has become shorter.
-        """
-        try:
-            with open(self.tar, "rb", buffering=0) as handle:
-                data = os.pread(handle.fileno(), self.length, self.offset)
-        except OSError as error:
-            raise UserError(f"cannot read {self.tar} any more: {error.strerror}") from None
-        if len(data) != self.length:
-            raise UserError(f"{self.tar} has become shorter since its headers were read: start again")
-        return data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +45,7 @@ class Fields:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WebDatasetSource:
+class WebDatasetSource(PostSource):
     """Every image in plain tars, with the members of its sample: those whose names are alike up to the first dot.
 
     The hashtags of `000000012.jpg` are in `000000012.json`: its `hashtags`, else its `tags` (a list; or a text, of
@@ -132,23 +104,18 @@ class WebDatasetSource:
             digest.update(f"{os.fsencode(label)!r} {status.st_size} {status.st_mtime_ns}\n".encode())
         return {"tars": digest.hexdigest(), "hashtags": self.hashtags, "group": self.group, "max_bytes": self.max_bytes}
 
-    def count(self) -> int | None:
-        """Not known beforehand."""
-        return None
+    def splits(self) -> Sequence[tuple[str, Path]]:
+        """A tar each."""
+        return self.tars()
 
-    def posts(self) -> Iterator[Post]:
-        """The samples of every tar, by path; what was refused is counted and told at the end."""
-        refused: Counter[str] = Counter()
-        examples: dict[str, str] = {}
-        for label, path in self.tars():
+    def posts(self, split: Any = None) -> Iterator[Post | Reject]:
+        """The samples of a tar, or of all by path, and what was refused."""
+        for label, path in self.tars() if split is None else (split,):
             for found in read_tar(path, label, self.fields):
                 if isinstance(found, Post):
                     yield found
                 else:
-                    refused[found.reason] += 1
-                    examples.setdefault(found.reason, f"{path}, member {found.row}: {found.detail}")
-        for reason, number in refused.most_common():
-            _log.warning("%s: %s refused as %s, the first: %s", self.name, f"{number:,}", reason, examples[reason])
+                    yield Reject(f"{label}, member {found.row}", found.reason, found.detail)
 
 
 def is_webdataset(path: str) -> bool:
@@ -156,7 +123,7 @@ def is_webdataset(path: str) -> bool:
     return path.endswith(".tar") or (os.path.isdir(path) and next(_in_folder(path), None) is not None)
 
 
-def read_tar(path: Path, label: str | None = None, fields: Fields | None = None) -> Iterator[Post | Reject]:
+def read_tar(path: Path, label: str | None = None, fields: Fields | None = None) -> Iterator[Post | RowReject]:
     """The samples of one tar in order, and what was refused.
 
     Takes some 100 bytes of memory for each sample of the tar: their names, of which none may come twice.
@@ -167,7 +134,7 @@ def read_tar(path: Path, label: str | None = None, fields: Fields | None = None)
         fields: Where hashtags and groups stand.
 
     Returns:
-        For each sample a `Post`, or a `Reject` whose row is the number of a member. The reasons: "compressed",
+        For each sample a `Post`, or a `RowReject` whose row is the number of a member. The reasons: "compressed",
         "truncated" and "damaged" (the tar, from there on), "link", "device", "sparse file", "unknown kind", "damaged
         header", "unsafe name", "no sample" (a name without a dot, or hidden), "duplicate member" (the first is kept),
         "second image" (the first is kept), "duplicate sample" (its name came before, not right before), "no image",
@@ -187,7 +154,7 @@ def read_tar(path: Path, label: str | None = None, fields: Fields | None = None)
         with open(path, "rb", buffering=0) as handle:
             for found in scan(path):
                 if isinstance(found, Damage):
-                    yield Reject(found.number, found.reason, found.detail)
+                    yield RowReject(found.number, found.reason, found.detail)
                     continue
                 refused = _refused(found)
                 if refused is not None:
@@ -218,11 +185,11 @@ def _split(name: bytes) -> tuple[bytes, bytes]:
     return folder + slash + stem, suffix.lower()
 
 
-def _reject(member: Member, reason: str) -> Reject:
-    return Reject(member.number, reason, member.name[:200].decode("utf-8", "replace"))
+def _reject(member: Member, reason: str) -> RowReject:
+    return RowReject(member.number, reason, member.name[:200].decode("utf-8", "replace"))
 
 
-def _refused(member: Member) -> Reject | None:
+def _refused(member: Member) -> RowReject | None:
     """Why a member is no part of a sample, from its header alone."""
     if member.kind:
         return _reject(member, member.kind)
@@ -246,7 +213,7 @@ class _Sample:
         self._image: Member | None = None
         self._sidecars: dict[bytes, Member] = {}
 
-    def add(self, member: Member, suffix: bytes) -> Reject | None:
+    def add(self, member: Member, suffix: bytes) -> RowReject | None:
         if suffix in self._suffixes:
             return _reject(member, "duplicate member")
         self._suffixes.add(suffix)
@@ -258,21 +225,21 @@ class _Sample:
             self._image = member
         return None  # what else there is in the sample is another's
 
-    def finish(self, descriptor: int, label: str, fields: Fields) -> Post | Reject:
+    def finish(self, descriptor: int, label: str, fields: Fields) -> Post | RowReject:
         base = os.fsdecode(self.base)
         image = self._image
         if image is None:
-            return Reject(self._number, "no image", base)
+            return RowReject(self._number, "no image", base)
         if not image.size:
             return _reject(image, "empty image")
         if image.size > fields.max_bytes:
-            return Reject(image.number, "too many bytes", f"{base}: {image.size:,}")
+            return RowReject(image.number, "too many bytes", f"{base}: {image.size:,}")
         try:
             hashtags, group = self._read(descriptor, fields)
         except _Unusable as error:
-            return Reject(image.number, error.args[0], f"{base}: {error.args[1]}")
+            return RowReject(image.number, error.args[0], f"{base}: {error.args[1]}")
         # No other sample has this text: a tar's label cannot be the folder that another's begins with.
-        return Post(key_of(f"{label}/{base}"), TarImage(self._tar, image.offset, image.size), hashtags, group)
+        return Post(key_of(f"{label}/{base}"), (self._tar, image.offset, image.size), hashtags, group)
 
     def _read(self, descriptor: int, fields: Fields) -> tuple[tuple[str, ...], str | None]:
         group = None
