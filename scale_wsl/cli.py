@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from scale_wsl.commands import checkpoint, nothing_else
+from scale_wsl.commands import checkpoint, duplicates, nothing_else
 from scale_wsl.errors import UserError
 from scale_wsl.recipe import describe, load_recipe, section
 from scale_wsl.training.failure import exit_code_of
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_vocab(commands)
     _add_track(commands)
     checkpoint.add(commands)
+    duplicates.add(commands)
     return parser
 
 
