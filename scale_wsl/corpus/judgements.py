@@ -17,6 +17,7 @@ The SHA-256 is that of a data set's manifest. The verdict is one of `VERDICTS`; 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -120,6 +121,12 @@ class Duplicates:
         lower bound may be too low, but not too high.
         """
         return frozenset[str]().union(*(search.keys() for search in self.searches))
+
+    @property
+    def digest(self) -> str:
+        """How many images have a duplicate, and a hash of which."""
+        keys = sorted(self.keys)
+        return f"{len(keys)} images, {hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:12]}"
 
     def covers(self, train_sha256: str) -> bool:
         """Whether that training set was searched."""

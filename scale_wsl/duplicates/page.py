@@ -106,7 +106,8 @@ _BODY = """<header>
 <label class="control">similarity from <input type="range" id="threshold" min="0" max="1" step="0.005">
 <output id="shown"></output></label>
 <label class="control">show <select id="filter"><option value="all">all</option>
-<option value="open">not judged yet</option><option value="duplicate">duplicates</option><option value="unsure">unsure</option></select></label>
+<option value="open">not judged yet</option>
+<option value="duplicate">duplicates</option><option value="unsure">unsure</option></select></label>
 <div id="counts" aria-live="polite"></div>
 <div class="control"><span id="pages"></span>
 <label class="file" tabindex="0">Load<input type="file" id="load" accept=".json,application/json"></label>

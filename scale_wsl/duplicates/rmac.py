@@ -4,8 +4,8 @@ Must never depend on what else is in a batch: an image's vector is a function of
 
 Regions are squares at L scales (their section 3.2). At scale 1 the side is the shorter side of the map, and m of them
 are spread over the longer side, as many as make neighbours overlap by 40 % as nearly as possible. At scale l the side
-is 2 / (l + 1) of the shorter one, with l regions along the shorter side and l + m - 1 along the longer. Each region's maxima are scaled to length 1, whitened and scaled again where there is a whitening, added up, and scaled
-to length 1.
+is 2 / (l + 1) of the shorter one, with l regions along the shorter side and l + m - 1 along the longer. Each region's
+maxima are scaled to length 1, whitened and scaled again where there is a whitening, added up, and scaled to length 1.
 """
 
 from __future__ import annotations
