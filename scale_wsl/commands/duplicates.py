@@ -65,7 +65,7 @@ def add(commands: Any) -> None:
     )
     network.add_argument("--whiten", type=int, metavar="N", help="whiten by PCA, learned on N training images")
     network.add_argument("--dimensions", type=int, metavar="D", help="that whitening keeps; default: all")
-    network.add_argument("--batch", type=int, metavar="N", help="images at a time; default: 32")
+    network.add_argument("--batch", type=int, metavar="N", help="images at a time; default: 16, on a GPU 64")
     network.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1; default: a GPU if there is one")
     find.add_argument("--faiss", action="store_true", help="let faiss choose candidates on the CPU; same result")
     find.set_defaults(run=_find)
@@ -105,6 +105,7 @@ def _find(arguments: argparse.Namespace, extra: list[str]) -> None:
     from scale_wsl.duplicates.sets import open_images
 
     part, parts = _part(arguments.part)
+    device = _device(arguments.device or ("cpu" if arguments.faiss or arguments.method == "thumbnail" else None))
     config = FindConfig(
         neighbours=arguments.neighbours,
         part=part,
@@ -112,10 +113,11 @@ def _find(arguments: argparse.Namespace, extra: list[str]) -> None:
         workers=arguments.workers,
         faiss=arguments.faiss,
         show_above=arguments.show_above,
-        **({} if arguments.batch is None else {"batch": arguments.batch}),
+        batch=arguments.batch or (16 if device.type == "cpu" else 64),
     )
-    device = _device(arguments.device or ("cpu" if arguments.faiss or arguments.method == "thumbnail" else None))
     features = arguments.features or arguments.out.with_name(f"{arguments.out.name}.features")
+    if arguments.batch is not None and arguments.batch < 1:
+        raise UserError(f"--batch is {arguments.batch}, but must be 1 or more")
     if arguments.method == "thumbnail":
         _refuse_network(arguments)
     else:

@@ -42,7 +42,7 @@ class FindConfig:
     part: int = 0
     parts: int = 1
     workers: int = 0  # threads that decode; 0: one for each core
-    batch: int = 32  # images that the network takes at a time
+    batch: int = 16  # images that the network takes at a time
     faiss: bool = False
     show_above: float | None = None  # evaluation images in the report: those whose nearest is at least so similar
 
@@ -249,7 +249,7 @@ def with_whitening(
     features: Path,
     *,
     workers: int = 0,
-    batch: int = 32,
+    batch: int = 16,
 ) -> RmacMethod:
     """The method with a PCA whitening, learned from the regions of training images drawn at random, and kept.
 

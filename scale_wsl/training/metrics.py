@@ -328,8 +328,8 @@ class LowerBound:
         """For people, under the table; `images` were evaluated."""
         share = f" ({self.duplicates / images:.2%})" if images else ""
         return [
-            f"Duplicates: the training set has {self.duplicates:,} of the images too{share}. Counting each as wrong, hit "
-            "rates are at least:",
+            f"Duplicates: the training set has {self.duplicates:,} of the images too{share}. Counting each as wrong, "
+            "hit rates are at least:",
             *(
                 f"  {name}  {value:.3f}  ({low:.3f} to {high:.3f})"
                 for name, value, (low, high) in (

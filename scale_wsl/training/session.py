@@ -243,7 +243,7 @@ class Session:
             bar.write(f"validation after step {step}{left_out}:\n{result.table()}")
 
     def _write_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Leave the newest evaluation's figures in the run folder, as evaluation.json; what is no number is null there."""
+        """Leave the newest evaluation's figures in the run folder, as evaluation.json; null: no number."""
         job = self.job
         content = {
             "step": step,
