@@ -78,12 +78,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Judgements:
-    """What was decided about pairs of two sets; no pair comes twice."""
+    """What was decided about pairs of two sets; no pair comes twice. Pairs are in order, whichever they came in."""
 
     train: SetId
     evaluation: SetId
     method: str
     pairs: tuple[Pair, ...]
+
+    def __post_init__(self) -> None:
+        ordered = sorted(self.pairs, key=lambda pair: (pair.evaluation, -pair.similarity, pair.training))
+        object.__setattr__(self, "pairs", tuple(ordered))
 
 
 @dataclass(frozen=True)
@@ -205,8 +209,7 @@ def dumped_judgements(judgements: Judgements) -> str:
 
 
 def _rows(pairs: Iterable[Pair]) -> list[list[Any]]:
-    ordered = sorted(pairs, key=lambda pair: (pair.evaluation, -pair.similarity, pair.training))
-    return [[pair.evaluation, pair.training, pair.similarity, pair.verdict, pair.how] for pair in ordered]
+    return [[pair.evaluation, pair.training, pair.similarity, pair.verdict, pair.how] for pair in pairs]
 
 
 def _dumped(content: dict[str, Any]) -> str:

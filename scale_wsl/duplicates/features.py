@@ -117,7 +117,7 @@ class Features:
             expected = int(np.prod(shape)) * dtype.itemsize + len(numbers)
             if not expected <= path.stat().st_size <= expected + _SLACK:
                 return None
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
                 features, readable = file["features"], file["readable"]
         # OSError: there is none; the others: it is damaged.
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

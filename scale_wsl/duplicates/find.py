@@ -36,7 +36,7 @@ __all__ = ["FindConfig", "Found", "find", "with_whitening"]
 
 @dataclass(frozen=True, kw_only=True)
 class FindConfig:
-    """How to search. Only `neighbours` and what concerns the report change the result."""
+    """How to search. Only `neighbours` and `show_above` change the result; `batch` may change a feature's last bit."""
 
     neighbours: int = 21  # Mahajan et al. 2018, section 2
     part: int = 0
@@ -221,7 +221,7 @@ class _Part:
     def read(cls, path: Path, rows: int, k: int, train: int) -> _Part | None:
         """What `save` wrote; None where there is none that is whole."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
                 similarity, index, unreadable = (file[name] for name in ("similarity", "index", "unreadable"))
         # OSError: there is none; the others: it is damaged.
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

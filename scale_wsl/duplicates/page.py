@@ -1,6 +1,6 @@
 """One page of a report as HTML: everything inline, nothing fetched, nothing of the data ever markup.
 
-The data stand in a script element that no browser runs, as JSON in ASCII without "<"; the page's own script, the only
+The data stand in a script element that no browser runs, as JSON without "<"; the page's own script, the only
 one that its content security policy allows, puts them in as text.
 """
 
@@ -20,7 +20,8 @@ __all__ = ["page"]
 def page(data: dict[str, Any]) -> str:
     """The HTML of what `report._page_data` gives."""
     constants = {"format": FORMAT, "version": VERSION, "verdicts": list(VERDICTS)}
-    text = json.dumps({**data, **constants}, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps({**data, **constants}, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text, and browsers crash on it
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     title = f"{data['evaluation']['name']} in {data['train']['name']}: page {data['page']} of {data['pages']}"
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

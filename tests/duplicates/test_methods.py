@@ -27,9 +27,7 @@ def nearest_by_thumbnail(evaluation: np.ndarray, train: np.ndarray, k: int) -> N
     search = Search(np.concatenate(ways), k)
     search.add(method.vectors(train), np.arange(len(train)))
     result, count = search.result(), len(evaluation)
-    return merged(
-        [Nearest(result.similarity[at : at + count], result.index[at : at + count]) for at in (0, count)]
-    )
+    return merged([Nearest(result.similarity[at : at + count], result.index[at : at + count]) for at in (0, count)])
 
 
 def test_the_similarity_of_thumbnails_is_dedups_rule() -> None:

@@ -73,9 +73,7 @@ def test_rmac_is_its_definition(height: int, width: int, seed: int) -> None:
 
 @given(st.integers(1, 60), st.integers(1, 60))
 def test_regions_are_where_the_definition_says(height: int, width: int) -> None:
-    found = [
-        (top, left, grid.side) for grid in region_grids(height, width) for top in grid.tops for left in grid.lefts
-    ]
+    found = [(top, left, grid.side) for grid in region_grids(height, width) for top in grid.tops for left in grid.lefts]
     assert found == reference_regions(height, width)
 
 

@@ -21,7 +21,7 @@ def brute_force(queries: NDArray[Any], vectors: NDArray[Any], k: int) -> Nearest
     exact = exact.reshape(len(queries), len(vectors))
     found = Nearest.none(len(queries), k)
     for row, similarities in enumerate(exact):
-        order = sorted(range(len(vectors)), key=lambda index: (-similarities[index], index))[:k]  # noqa: B023
+        order = sorted(range(len(vectors)), key=lambda index: (-similarities[index], index))[:k]
         found.similarity[row, : len(order)], found.index[row, : len(order)] = similarities[order], order
     return found
 
