@@ -128,15 +128,19 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const by = id => document.getElementById(id);
 const place = "scale_wsl duplicates " + data.id;
 const apart = "\n";
-let kept = {};  // where the browser keeps nothing
+let kept = {}, keepsNothing = false;  // no storage, or it is full: this window alone remembers
 
 function load() {
+  if (keepsNothing) return kept;
   try { return JSON.parse(localStorage.getItem(place)) || {}; } catch { return kept; }
 }
 function keep(verdicts) {
   kept = verdicts;
   try { localStorage.setItem(place, JSON.stringify(verdicts)); }
-  catch { by("warning").textContent = "This browser keeps nothing for this page: save before you close it."; }
+  catch {
+    keepsNothing = true;
+    by("warning").textContent = "This browser keeps nothing more for this page: save before you close it.";
+  }
 }
 function element(tag, name, text) {
   const made = document.createElement(tag);

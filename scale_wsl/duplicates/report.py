@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -127,9 +128,11 @@ def write_report(
             (folder / "report.json").write_text(_dumped(report), "utf-8")
             _write_table(folder / "neighbours.parquet", train, evaluation, nearest)
             with (
+                warnings.catch_warnings(),  # set here, and not by each thread: the filters are the whole process's
                 tqdm(total=len(shown), desc="report", unit=" images", disable=None) as bar,
                 ThreadPoolExecutor(workers) as pool,
             ):
+                warnings.simplefilter("ignore")
                 for number in range(pages):
                     rows = shown[number * ON_A_PAGE : (number + 1) * ON_A_PAGE]
                     data = _page_data(report, number, rows, train, evaluation, nearest, pool)

@@ -12,8 +12,8 @@ from tests.duplicates.toy import evaluation_images, training_images, write
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What prepare makes: a folder with a data set of each role."""
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "data" / "train-toy-31-2", "train", training_images())
-    write(tmp_path / "data" / "val-toy-12-2", "val", evaluation_images())
+    write(tmp_path / "data" / "train-toy-31-8", "train", training_images())
+    write(tmp_path / "data" / "val-toy-12-8", "val", evaluation_images())
     return tmp_path
 
 
@@ -23,7 +23,7 @@ def test_from_finding_to_showing(prepared: Path, capsys: pytest.CaptureFixture[s
     assert "part 1/2 is done; 1 of 2 are not yet" in capsys.readouterr().out
     assert cli.main([*find, "--part", "0/2"]) == 0
     text = capsys.readouterr().out
-    assert "12 images of val-toy-12-2 against 31 of train-toy-31-2, by correlation of grey 16 x 16" in text
+    assert "12 images of val-toy-12-8 against 31 of train-toy-31-8, by correlation of grey 16 x 16" in text
     assert "6 have a neighbour of similarity 0.97 or more; judge them in report/page-0001.html" in text
     assert "not readable: 1 training and 1 evaluation images" in text
     assert "features are kept in report.features" in text

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from scale_wsl import cli
 from scale_wsl.duplicates.network import EFFICIENTNET, NETWORKS, open_network
 from scale_wsl.errors import UserError
 from scale_wsl.loading.decode import normalize
 from scale_wsl.models.resnext import ModelConfig
 from scale_wsl.models.weights import build_trunk
+from tests.checkpoint.test_export import _save
+from tests.ranks import run_ranks
 
 IMAGES = torch.randint(0, 256, (2, 3, 64, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
@@ -146,6 +149,19 @@ def test_an_exported_trunk_gives_its_own_feature_maps(tmp_path: Path, group: boo
     torch.testing.assert_close(network.feature_maps(IMAGES), expected)
     assert network.channels == 2048
     assert network.name == "resnext26_4x4d"
+
+
+def test_what_checkpoint_export_writes_is_read(tmp_path: Path) -> None:
+    run_ranks(_save, 1, tmp_path / "run", "group", True)
+    out = tmp_path / "exported"
+    assert cli.main(["checkpoint", "export", str(tmp_path / "run"), "--out", str(out)]) == 0
+    network = open_network(None, out)
+    trunk = build_trunk(ModelConfig(depth=26, groups=4, width=4, norm="group", norm_groups=8), 0).eval()
+    whole = load_file(out / "model.safetensors")
+    trunk.load_state_dict({name: tensor for name, tensor in whole.items() if not name.startswith("fc.")})
+    with torch.no_grad():
+        expected = trunk.forward_features(normalize(IMAGES))
+    torch.testing.assert_close(network.feature_maps(IMAGES), expected)
 
 
 @pytest.mark.parametrize(

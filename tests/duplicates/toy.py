@@ -13,6 +13,7 @@ from scale_wsl.hashtags import Vocabulary, WordNet
 from tests.corpus.toy import noise
 from tests.loading.fakes import encode
 
+TAGS = ("cat", "dog", "bird", "fish", "horse", "tree", "flower", "house")
 SIDES = ((60, 60), (80, 60), (50, 90))  # several shapes, so that a block's batches mix them
 
 
@@ -21,19 +22,18 @@ def picture(seed: int) -> Image.Image:
 
 
 @functools.cache
-def two_labels() -> Vocabulary:
-    return Vocabulary.build([("cat",), ("dog",)] * 3, WordNet.load())[0]
+def labels() -> Vocabulary:
+    return Vocabulary.build([(tag,) for tag in TAGS], WordNet.load())[0]
 
 
 def write(folder: Path, role: str, images: dict[str, bytes], source: str = "toy") -> Path:
-    """A prepared data set; every image has one of two labels."""
+    """A prepared data set; images have the labels of `TAGS` by turns."""
     folder.mkdir(parents=True)
-    vocabulary = two_labels()
+    vocabulary = labels()
     with ShardWriter(folder, vocabulary, records_per_shard=7) as writer:
         for number, (key, data) in enumerate(images.items()):
-            hashtags = ("cat",) if number % 2 else ("dog",)
-            index = vocabulary.index(hashtags[0])
-            writer.add(key, "png", data, hashtags, np.array([index], np.int32))
+            tag = TAGS[number % len(TAGS)]
+            writer.add(key, "png", data, [tag], np.array([vocabulary.index(tag)], np.int32))
         writer.close(role, source, {})
     return folder
 
