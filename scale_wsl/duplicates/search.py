@@ -120,8 +120,9 @@ class Search:
         return Nearest(self._nearest.similarity.copy(), self._nearest.index.copy())
 
     def _least(self, rows: slice, error: float) -> Tensor:
-        """The product `[r]` from which on a vector may be among the k nearest of all so far."""
-        return torch.from_numpy(self._nearest.similarity[rows, -1] - error).to(self.device)
+        """The product `[r]` from which on a vector may be among the k nearest of all so far; fp32, rounded down."""
+        least = torch.from_numpy(self._nearest.similarity[rows, -1] - error).float()
+        return torch.nextafter(least, torch.tensor(-torch.inf)).to(self.device)
 
     def _candidates(self, rows: slice, block: Tensor, error: float) -> tuple[Tensor, Tensor]:
         """Pairs of (row within `rows`, column of the block) that hold all that may be among the k nearest."""
@@ -130,7 +131,7 @@ class Search:
         wanted = products >= least[:, None]
         if int(wanted.sum()) > self.k * len(products) and len(block) > self.k:
             # Much passes at the beginning: the block's own k-th product says more.
-            kth = products.topk(self.k, dim=1).values[:, -1].double()
+            kth = products.topk(self.k, dim=1).values[:, -1]
             wanted &= products >= (kth - 2 * error)[:, None]
         row, column = wanted.nonzero(as_tuple=True)
         return row, column
@@ -142,7 +143,7 @@ class Search:
         products, columns = faiss.knn(queries, block.numpy(), count, metric=faiss.METRIC_INNER_PRODUCT)
         least = self._least(rows, error).numpy()
         if len(block) > self.k:
-            least = np.maximum(least, products[:, self.k - 1].astype(np.float64) - 2 * error)
+            least = np.maximum(least, products[:, self.k - 1] - np.float32(2 * error))
         row, place = np.nonzero(products >= least[:, None])
         column = columns[row, place]
         if count < len(block):  # where even the last one passes, more may
