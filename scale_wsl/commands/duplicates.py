@@ -115,6 +115,8 @@ def _find(arguments: argparse.Namespace, extra: list[str]) -> None:
         show_above=arguments.show_above,
         batch=arguments.batch or (16 if device.type == "cpu" else 64),
     )
+    if not arguments.out.name:
+        raise UserError(f"--out is {arguments.out}, but must name a folder to be made")
     features = arguments.features or arguments.out.with_name(f"{arguments.out.name}.features")
     if arguments.batch is not None and arguments.batch < 1:
         raise UserError(f"--batch is {arguments.batch}, but must be 1 or more")

@@ -40,6 +40,10 @@ __all__ = [
     "Pair",
     "SetId",
     "Verdicts",
+    "combined",
+    "dumped_judgements",
+    "is_sha256",
+    "is_text",
     "parse_judgements",
     "read_duplicates",
     "read_judgements",
@@ -324,14 +328,24 @@ def _exactly(found: Any, keys: set[str], where: str, what: str) -> None:
 
 
 def _text(value: Any, where: str, what: str) -> str:
-    if not isinstance(value, str) or not 1 <= len(value) <= _LONGEST_TEXT or not value.isprintable():
+    if not is_text(value):
         _refuse(where, f"{what} is no printable text of 1 to {_LONGEST_TEXT} characters")
-    return value
+    return str(value)
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a text that names may be: printable, of 1 to 500 characters."""
+    return isinstance(value, str) and 1 <= len(value) <= _LONGEST_TEXT and value.isprintable()
+
+
+def is_sha256(value: Any) -> bool:
+    """Whether it is a SHA-256 in hexadecimal digits."""
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
 def _set_id(value: Any, where: str, what: str) -> SetId:
     _exactly(value, {"name", "sha256"}, where, what)
-    if not isinstance(value["sha256"], str) or not _SHA256.fullmatch(value["sha256"]):
+    if not is_sha256(value["sha256"]):
         _refuse(where, f"the sha256 of {what} is none")
     return SetId(_text(value["name"], where, f"the name of {what}"), value["sha256"])
 

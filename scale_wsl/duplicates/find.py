@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -271,14 +272,16 @@ def with_whitening(
     identity = {"images": train.identity, "method": method.identity, "sample": sample, "dimensions": dimensions}
     path = features / f"whitening-{digest_of(identity)[:16]}.safetensors"
     channels = method.network.channels
-    if path.exists():
-        whitening = Whitening.load(path, channels)
-    else:
-        whitening = Whitening.learn(_moments(method, train, sample, workers or cores(), batch), dimensions)
-        try:
-            whitening.save(path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        features.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # parts that start together learn it once, and have the same
+            if path.exists():
+                whitening = Whitening.load(path, channels)
+            else:
+                whitening = Whitening.learn(_moments(method, train, sample, workers or cores(), batch), dimensions)
+                whitening.save(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
     return RmacMethod(method.network, side=method.side, whitening=whitening, device=method.device)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from scale_wsl.corpus.judgements import SetId
+from scale_wsl.corpus.judgements import SetId, is_sha256, is_text
 from scale_wsl.duplicates.features import digest_of
 from scale_wsl.duplicates.methods import Method, preview
 from scale_wsl.duplicates.page import page
@@ -70,7 +70,7 @@ class Report:
             f"{self.images[1]:,} images of {self.evaluation.name} against {self.images[0]:,} of {self.train.name}, by "
             f"{self.method}",
             f"{self.near:,} have a neighbour of similarity {self.suggested:g} or more; judge them in "
-            f"{self.folder / 'page-0001.html'}" + (f" and {self.pages - 1:,} pages more" if self.pages > 1 else ""),
+            f"{self.folder / 'page-0001.html'}" + (f" (and {self.pages - 1:,} more)" if self.pages > 1 else ""),
         ]
         if any(self.unreadable):
             lines.append(f"not readable: {self.unreadable[0]:,} training and {self.unreadable[1]:,} evaluation images")
@@ -251,12 +251,18 @@ def read_report(folder: Path) -> Report:
         if found["version"] != VERSION:
             raise UserError(f"{folder} has version {found['version']!r:.40}, where this release reads {VERSION}")
         train, evaluation, above = found["train"], found["evaluation"], found["show_above"]
+        if not (
+            all(map(is_text, (train["name"], evaluation["name"], found["method"])))
+            and is_sha256(train["sha256"])
+            and is_sha256(evaluation["sha256"])
+        ):
+            raise wrong
         return Report(
             folder=folder,
-            train=SetId(str(train["name"]), str(train["sha256"])),
-            evaluation=SetId(str(evaluation["name"]), str(evaluation["sha256"])),
+            train=SetId(train["name"], train["sha256"]),
+            evaluation=SetId(evaluation["name"], evaluation["sha256"]),
             evaluation_folder=Path(evaluation["folder"]),
-            method=str(found["method"]),
+            method=found["method"],
             suggested=float(found["suggested"]),
             search=dict(found["search"]),
             show_above=None if above is None else float(above),
@@ -288,6 +294,7 @@ def neighbours(report: Report) -> dict[tuple[str, str], float]:
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
     evaluation, training, similarity = (table.column(name).to_pylist() for name in _COLUMNS)
-    if any(None in column for column in (evaluation, training, similarity)):
-        raise UserError(f"{path} is damaged: it has empty cells")
+    whole = all(map(is_text, evaluation)) and all(map(is_text, training))
+    if not whole or not all(value is not None and -2 <= value <= 2 for value in similarity):
+        raise UserError(f"{path} is damaged: its cells are no keys and similarities")
     return {(a, b): value for a, b, value in zip(evaluation, training, similarity, strict=True)}

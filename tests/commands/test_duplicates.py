@@ -63,6 +63,7 @@ def test_with_a_network_and_whitening(prepared: Path, capsys: pytest.CaptureFixt
         (["find", "data", "data", "--out", "r", "--batch", "0"], "--batch is 0"),
         (["find", "data", "data", "--out", "r", "--dimensions", "3"], "needs --whiten"),
         (["find", "data", "data", "--out", "data", "--method", "thumbnail"], "is no report"),
+        (["find", "data", "data", "--out", "/", "--method", "thumbnail"], "must name a folder to be made"),
         (["find", "nowhere", "data", "--out", "r", "--method", "thumbnail"], "nowhere is no folder"),
         (["find", "data", "data", "--out", "r", "--more"], "--more means nothing here"),
         (["apply", "data"], "nothing to apply"),

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -301,9 +303,20 @@ def test_what_cannot_be_applied(judged: tuple[Report, Callable[..., Path]], tmp_
         apply(report.folder, [file("good.json", good)])
     path, _ = apply(report.folder, [file("good.json", good)], evaluation_folder=tmp_path / "moved")
     assert path == tmp_path / "moved" / "duplicates.json"
+    table = pq.read_table(report.folder / "neighbours.parquet")
+    for column, value in ((0, "esc\x1b[2J"), (1, None), (2, 17.0), (2, float("nan"))):
+        columns = [
+            pa.array([value, *whole.to_pylist()[1:]], whole.type) if number == column else whole
+            for number, whole in enumerate(table.columns)
+        ]
+        pq.write_table(pa.table(columns, names=table.column_names), report.folder / "neighbours.parquet")
+        with pytest.raises(UserError, match="its cells are no keys and similarities"):
+            apply(report.folder, [file("good.json", good)])
     (report.folder / "neighbours.parquet").write_bytes(b"PAR1 no table PAR1")
     with pytest.raises(UserError, match="cannot be read"):
         apply(report.folder, [file("good.json", good)])
-    (report.folder / "report.json").write_text("{}")
-    with pytest.raises(UserError, match="is no report"):
-        apply(report.folder, [file("good.json", good)])
+    content = json.loads((report.folder / "report.json").read_text())
+    for damaged in ({}, [], content | {"method": "\x1b"}, content | {"train": {"name": "a", "sha256": "b"}}):
+        (report.folder / "report.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="is no report"):
+            apply(report.folder, [file("good.json", good)])
