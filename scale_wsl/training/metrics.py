@@ -290,8 +290,8 @@ class Measure:
 class LowerBound:
     """Hit rates if every validation image that the training set has too were predicted wrongly.
 
-    As in the supplement of Mahajan et al. 2018: whatever of these was learned by heart, the network would hit at least so
-    often without.
+    As in the supplement of Mahajan et al. 2018: whatever of these was learned by heart, the network would hit at least
+    so often without.
     """
 
     duplicates: int  # of the images that were evaluated
