@@ -8,6 +8,7 @@ scale-wsl vocab explain brownbear --vocabulary data/emoji
 scale-wsl corpus show data/emoji
 scale-wsl corpus subset data/emoji --images 400
 scale-wsl corpus resample data/emoji --out epoch.png
+scale-wsl duplicates find data/photos data/photos --weights resnet50.pth --out reports/photos
 scale-wsl track replay runs/emoji
 scale-wsl checkpoint export runs/emoji --out exported
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from scale_wsl.commands import checkpoint, corpus, download, nothing_else, vocab
+from scale_wsl.commands import checkpoint, corpus, download, duplicates, nothing_else, vocab
 from scale_wsl.commands.sources import source_recipe
 from scale_wsl.recipe import describe
 from scale_wsl.training.failure import exit_code_of
@@ -32,8 +33,8 @@ from scale_wsl.training.failure import exit_code_of
 __all__ = ["main"]
 
 _DESCRIPTION = """\
-Prepare hashtagged images for pretraining: download them, build vocabularies, make and look at data sets. Send what
-MLflow missed; look at, check and export checkpoints. Training itself is recipes/pretrain.py.
+Prepare hashtagged images for pretraining: download them, build vocabularies, make and look at data sets, find images
+that two sets share. Send what MLflow missed; look at, check and export checkpoints. Training is recipes/pretrain.py.
 
   scale-wsl prepare emoji
   scale-wsl prepare photos/ --out data/photos prepare.min_count=20
@@ -43,6 +44,7 @@ MLflow missed; look at, check and export checkpoints. Training itself is recipes
   scale-wsl corpus show data/emoji
   scale-wsl corpus subset data/emoji --images 400
   scale-wsl corpus resample data/emoji --out epoch.png
+  scale-wsl duplicates find data/photos data/photos --weights resnet50.pth --out reports/photos
   scale-wsl track replay runs/emoji
   scale-wsl checkpoint export runs/emoji --out exported
 """
@@ -73,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     download.add(commands)
     vocab.add(commands)
     corpus.add(commands)
+    duplicates.add(commands)
     _add_track(commands)
     checkpoint.add(commands)
     return parser

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scale_wsl.corpus.images import SIDE
 from scale_wsl.randomness import derived_seed
 
-__all__ = ["NEAR", "Near", "clusters", "split"]
+__all__ = ["NEAR", "Near", "clusters", "correlation_vectors", "split"]
 
 NEAR = 0.97
 """The correlation from which on two thumbnails are near-identical."""
@@ -128,6 +128,20 @@ class Near:
                     close = ((some[rows] - part[columns]) ** 2).sum(1) <= _RADIUS
                     near[start + rows[close]] = True
         return near
+
+
+def correlation_vectors(thumbnails: NDArray[np.uint8], *, mirrored: bool = False) -> NDArray[np.float32]:
+    """Vectors for a search between two sets: a and b are near-identical where `1 - |a - b|^2 / 2` is `NEAR` or more.
+
+    Args:
+        thumbnails: `[N, SIDE, SIDE]`.
+        mirrored: Give the vectors of the mirror images.
+
+    Returns:
+        `[N, SIDE * SIDE]`, of length 1, shorter for thumbnails that hardly vary.
+    """
+    vectors = _spectrum(thumbnails)
+    return vectors * _mirror_signs() if mirrored else vectors
 
 
 class _Forest:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scale_wsl.collectives import all_gather_rows, all_reduce
+from scale_wsl.corpus.judgements import Duplicates
 from scale_wsl.corpus.shards import Dataset
 from scale_wsl.corpus.views import Images
 from scale_wsl.engines.base import Engine
@@ -67,6 +68,7 @@ class Evaluator:
         micro_batch: int,
         world: World,
         seed: int,
+        duplicates: Duplicates | None = None,
     ) -> None:
         self.engine, self.head, self.dataset, self.world = engine, head, validation, world
         self.config, self.data, self.seed = config, data, seed
@@ -74,6 +76,11 @@ class Evaluator:
         self.loader = EvalLoader(validation, data, micro_batch=self.micro_batch, rank=world.rank, world_size=world.size)
         # What the baseline knows: how often each hashtag is in the training set.
         self.train_counts = np.bincount(train.label_ids, minlength=len(train.vocabulary))
+        # Which images are counted as wrong by the lower bound; None where nothing is known about duplicates.
+        self.duplicate: NDArray[np.bool_] | None = None
+        if duplicates is not None:
+            known = duplicates.keys
+            self.duplicate = np.array([key in known for key in validation.keys], np.bool_)
 
     @torch.no_grad()
     def evaluate(self) -> tuple[EvaluationResult, int] | None:
@@ -120,6 +127,7 @@ class Evaluator:
             ids=self._padded_ids(seen[kept][by_record].tolist()),
             average_precision=precision,
             train_counts=self.train_counts,
+            duplicate=None if self.duplicate is None else self.duplicate[seen[kept][by_record].numpy()],
             resamples=self.config.resamples,
             seed=self.seed,
         )

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from scale_wsl.checkpoint.layout import Meta, read_meta
 from scale_wsl.checkpoint.reader import Checkpoint
+from scale_wsl.corpus.judgements import Duplicates, read_duplicates
 from scale_wsl.corpus.resample import choose_threshold
 from scale_wsl.corpus.shards import Dataset, find_dataset
 from scale_wsl.corpus.views import Images, view_of
@@ -93,6 +94,7 @@ class Job:
     deepspeed: dict[str, Any] | None
     resume: tuple[Path, Meta] | None
     start: Start | None  # of a new run, from another run's weights
+    duplicates: Duplicates | None  # what is known about the validation set's; None: nothing
     lock: FileLock | None  # rank 0's hold on the run folder, until this process ends
 
     @property
@@ -113,6 +115,7 @@ class Job:
             "training set": self.train.manifest_hash,
             "validation set": self.validation.manifest_hash,
             "order of images": self.order.identity,
+            "file of known duplicates": self.duplicates.digest if self.duplicates else "none",
             "ds_config": json.dumps(self.deepspeed),
             "number of ranks on its host": str(ranks_per_node()) if self.recipe.head.group_size == "auto" else "",
             "checkpoint to go on from": f"{path} at {meta.samples} images" if meta else str(path),
@@ -155,6 +158,7 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
             f"{recipe.data.train} and {recipe.data.validation} have different vocabularies "
             f"({train.vocabulary_hash[:12]} and {validation.vocabulary_hash[:12]}): prepare them together"
         )
+    duplicates = read_duplicates(validation.folder, validation.manifest_hash)
     check_group_size(recipe.head.group_size, world.size)
     check_optimizer(recipe.head.sampled, recipe.optim.name)
     recipe.engine.check_groups(world.size)
@@ -192,6 +196,7 @@ def prepare_job(recipe: PretrainRecipe, world: World) -> Job:
         deepspeed=_deepspeed(recipe, batch, learning_rate.peak, world),
         resume=resume,
         start=_start(recipe, train) if resume is None else None,
+        duplicates=duplicates,
         lock=_take(recipe.folder) if world.is_main else None,
     )
 

@@ -19,6 +19,7 @@ from scale_wsl.randomness import generator
 __all__ = [
     "Calibration",
     "EvaluationResult",
+    "LowerBound",
     "Measure",
     "average_precision",
     "bootstrap_interval",
@@ -286,6 +287,61 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class LowerBound:
+    """Hit rates if every validation image that the training set has too were predicted wrongly.
+
+    As in the supplement of Mahajan et al. 2018: whatever of these was learned by heart, the network would hit at least
+    so often without.
+    """
+
+    duplicates: int  # of the images that were evaluated
+    top1: float
+    top1_interval: Interval  # 95 %
+    top5: float
+    top5_interval: Interval
+
+    @classmethod
+    def of(
+        cls, top1: NDArray[np.bool_], top5: NDArray[np.bool_], duplicate: NDArray[np.bool_], **bootstrap: Any
+    ) -> LowerBound:
+        """From each of N images: its hits, and whether it is a duplicate, all `[N]`."""
+        first, five = top1 & ~duplicate, top5 & ~duplicate
+        return cls(
+            int(duplicate.sum()),
+            _mean_of(first),
+            bootstrap_interval(first, **bootstrap),
+            _mean_of(five),
+            bootstrap_interval(five, **bootstrap),
+        )
+
+    def as_metrics(self) -> dict[str, float]:
+        """Flat metrics, all under `validation/`."""
+        metrics = {"validation/duplicates": float(self.duplicates)}
+        for name, value, interval in (
+            ("top1", self.top1, self.top1_interval),
+            ("top5", self.top5, self.top5_interval),
+        ):
+            metrics[f"validation/{name}_lower_bound"] = value
+            metrics[f"validation/{name}_lower_bound_low"], metrics[f"validation/{name}_lower_bound_high"] = interval
+        return metrics
+
+    def lines(self, images: int) -> list[str]:
+        """For people, under the table; `images` were evaluated."""
+        share = f" ({self.duplicates / images:.2%})" if images else ""
+        return [
+            f"Duplicates: the training set has {self.duplicates:,} of the images too{share}. Counting each as wrong, "
+            "hit rates are at least:",
+            *(
+                f"  {name}  {value:.3f}  ({low:.3f} to {high:.3f})"
+                for name, value, (low, high) in (
+                    ("top-1", self.top1, self.top1_interval),
+                    ("top-5", self.top5, self.top5_interval),
+                )
+            ),
+        ]
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """How well a model predicts the hashtags of the validation images, beside the frequency baseline."""
 
@@ -296,6 +352,7 @@ class EvaluationResult:
     top5: Measure
     macro_ap: Measure | None  # None where there was no room for the scores
     calibration: Calibration
+    bound: LowerBound | None = None  # None where nothing is known about duplicates
 
     @classmethod
     def of(
@@ -308,6 +365,7 @@ class EvaluationResult:
         ids: NDArray[np.integer[Any]],
         average_precision: Floats | None,
         train_counts: NDArray[np.integer[Any]],
+        duplicate: NDArray[np.bool_] | None = None,
         resamples: int = 2000,
         seed: int = 0,
     ) -> EvaluationResult:
@@ -324,32 +382,34 @@ class EvaluationResult:
             ids: `[N, K]`, true hashtags, padded with -1.
             average_precision: `[V]`, NaN for hashtags that no image has; None where it was not computed.
             train_counts: `[V]`, images of the training set with each hashtag.
+            duplicate: `[N]`, images that a training set has too; None where nothing is known about that.
             resamples: of the bootstrap.
             seed: of the bootstrap.
         """
         bootstrap = {"resamples": resamples, "seed": seed}
         share = prevalence(ids, len(train_counts))
         there = share > 0
-        first_hits = hits(top_ids[:, :1], ids)
+        first_hits, five_hits = hits(top_ids[:, :1], ids), hits(top_ids[:, :5], ids)
         return cls(
             images=len(ids),
             hashtags=int(there.sum()),
             loss=Measure.difference(row_loss, frequency_loss(train_counts, ids), **bootstrap),
             top1=Measure.difference(first_hits, frequency_baseline(train_counts, ids, 1), **bootstrap),
-            top5=Measure.difference(hits(top_ids[:, :5], ids), frequency_baseline(train_counts, ids, 5), **bootstrap),
+            top5=Measure.difference(five_hits, frequency_baseline(train_counts, ids, 5), **bootstrap),
             macro_ap=None
             if average_precision is None
             else Measure.ratio_of(average_precision[there], share[there], **bootstrap),
             calibration=Calibration.of(
                 confidence=confidence, correct=first_hits, target_probability=target_probability, row_loss=row_loss
             ),
+            bound=None if duplicate is None else LowerBound.of(first_hits, five_hits, duplicate, **bootstrap),
         )
 
     def as_metrics(self) -> dict[str, float]:
         """Flat `{"validation/...": value}`, for a tracker."""
         metrics = {"validation/images": float(self.images), "validation/hashtags": float(self.hashtags)}
         metrics |= self.loss.as_metrics("loss") | self.top1.as_metrics("top1") | self.top5.as_metrics("top5")
-        metrics |= self.calibration.as_metrics()
+        metrics |= self.calibration.as_metrics() | (self.bound.as_metrics() if self.bound else {})
         return metrics | (self.macro_ap.as_metrics("macro_ap") if self.macro_ap else {})
 
     def table(self) -> str:
@@ -372,6 +432,8 @@ class EvaluationResult:
         resampled = "images (average precision: hashtags)" if self.macro_ap else "images"
         lines.append(f"Intervals: bootstrap over {resampled}.")
         lines.append(self.calibration.line())
+        if self.bound:
+            lines += self.bound.lines(self.images)
         return "\n".join(lines)
 
 

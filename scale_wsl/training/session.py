@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from scale_wsl.corpus.views import View
 from scale_wsl.engines.build import build_engine
 from scale_wsl.engines.world import World
 from scale_wsl.errors import UserError
+from scale_wsl.files import published_file
 from scale_wsl.loading.loader import TrainLoader
 from scale_wsl.models.head import ShardedHead, head_mesh
 from scale_wsl.models.head_group import choose_group_size, ranks_per_node
@@ -150,6 +152,7 @@ class Session:
             micro_batch=recipe.batch.micro,
             world=world,
             seed=recipe.run.seed,
+            duplicates=job.duplicates,
         )
 
     def _head_group(self, features: int) -> int:
@@ -235,11 +238,28 @@ class Session:
         if self.world.is_main:
             assert evaluated is not None
             result, unreadable = evaluated
-            tracker.metrics(step, result.as_metrics() | {"validation/corrupt_images": float(unreadable)})
+            metrics = result.as_metrics() | {"validation/corrupt_images": float(unreadable)}
+            tracker.metrics(step, metrics)
+            self._write_evaluation(step, metrics)
             if picture is not None:
                 tracker.artifact(picture, "pictures")
             left_out = f" ({unreadable} corrupt images left out)" if unreadable else ""
             bar.write(f"validation after step {step}{left_out}:\n{result.table()}")
+
+    def _write_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Leave the newest evaluation's figures in the run folder, as evaluation.json; null: no number."""
+        job = self.job
+        content = {
+            "step": step,
+            "train": {"name": str(job.train.name), "sha256": job.train.manifest_hash},
+            "validation": {"name": str(job.validation.name), "sha256": job.validation.manifest_hash},
+            "metrics": {name: value if math.isfinite(value) else None for name, value in sorted(metrics.items())},
+        }
+        try:
+            with published_file(job.folder / "evaluation.json") as aside:
+                aside.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:  # a full disk, say: no reason to stop training
+            _log.warning("cannot write %s: %s", job.folder / "evaluation.json", error)
 
     def announce(self, tracker: Tracker) -> None:
         """Say what is about to run, and record it."""
@@ -275,6 +295,12 @@ class Session:
             lines.append(
                 f"{epoch.mode} resampling with t = {epoch.threshold:.6g}: {epoch.length:,.0f} images an epoch on "
                 f"average, {epoch.repeated:,} of {epoch.images:,} come more than once"
+            )
+        if job.duplicates:
+            lines.append(
+                f"{len(job.duplicates.keys):,} validation images are known to be in a training set (duplicates.json): "
+                "evaluations give a lower bound too"
+                + ("" if job.duplicates.covers(job.train.manifest_hash) else "; this training set was not searched")
             )
         if job.start:
             lines.append(f"starting from {job.start.checkpoint.path}: {job.start.report.summary()}")

@@ -89,7 +89,7 @@ def test_rows_are_counted_over_all_files(tmp_path: Path) -> None:
 def test_files_that_are_no_table(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_bytes(b"x")
     for posts, match in (
-        (tmp_path / "a.xlsx", "of no known kind"),
+        (tmp_path / "a.xlsx", "whose name ends in"),
         (tmp_path, "no table at"),
         (tmp_path / "*.csv", "no table"),
     ):
