@@ -25,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 # Test tools are cheap beside torch, so there is one environment, whichever target comes first.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[emoji,build-ops,fairscale,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[emoji,build-ops,fairscale,cluster,download,duplicates,imagenet,dev]'
 	touch $@
 
 # Two jobs of the deepspeed launcher on one machine would collide on its fixed port, so a free one is asked for.

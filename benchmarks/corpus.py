@@ -3,15 +3,15 @@
     python benchmarks/corpus.py                                        # 1, 4 and 20 million posts: half an hour
     python benchmarks/corpus.py --posts 200000 400000 --rounds 1       # seconds
 
-The posts are made up: hashtags by a Zipf law over the lemmas of WordNet in several spellings (upper case, #, _, plural),
+The posts are made up: hashtags by a Zipf law over the lemmas of WordNet in several spellings (upper case, #, plural),
 with junk that WordNet does not know (a quarter of all tags, half of it unique), 4.4 tags a post, in Parquet files of a
 million rows with a key and a URL each.
 
 Both count the posts of each canonical hashtag, each post once; and both label the posts by the vocabulary that follows
 (hashtags on 5 posts or more) and write key, URL and labels of those that have any. DuckDB is given what it cannot know:
 a table from every normalised form that occurs to its canonical hashtag. It need not count junk or normalise Unicode,
-which ours does. The results are compared: counts one by one, labels by a hash of each row. DuckDB has the same number of threads as ours has
-processes, and 4 GB of memory before it goes to disk.
+which ours does. The results are compared: counts by the vocabulary that they give, labels by a hash of each row. DuckDB
+has the same number of threads as ours has processes, and 4 GB of memory before it goes to disk.
 
 Printed: rows/s of each pass, the ratio of ours to DuckDB's in the same round, the largest memory of all processes
 together (proportional set size, sampled), and the exponent b of time = a * rows^b by least squares on logarithms.
@@ -146,8 +146,8 @@ class DuckDB:
                 SELECT post, list_sort(list(DISTINCT label)) AS labels
                 FROM ({self.pairs}) JOIN labelled USING (form) GROUP BY post
               ) JOIN (
-                SELECT file_row_number + {_FILE} * CAST(regexp_extract(filename, '([0-9]+).parquet', 1) AS BIGINT) AS post,
-                       id, image
+                SELECT id, image,
+                  file_row_number + {_FILE} * CAST(regexp_extract(filename, '([0-9]+).parquet', 1) AS BIGINT) AS post
                 FROM read_parquet('{self.folder}/*.parquet', filename = true, file_row_number = true)
               ) USING (post)
             ) TO '{out}' (FORMAT parquet, COMPRESSION zstd, PER_THREAD_OUTPUT)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scale_wsl.hashtags.normalize import examine
+from scale_wsl.hashtags.normalize import MAX_LENGTH, examine
 from scale_wsl.hashtags.tally import Tally
 
 if TYPE_CHECKING:
@@ -26,7 +26,11 @@ __all__ = ["HashtagKernel", "Place", "Tagged", "count", "label", "place_by_label
 Place = Callable[[str], tuple[str, str]]
 """From a normalised hashtag to its key and "", or to "" and why it has no place: `Candidates.place`."""
 
-_REMEMBERED = 1 << 20  # spellings without a place that are remembered; a spelling takes about 200 bytes
+_REMEMBERED = 1 << 19  # hashtags without a place that are remembered; one takes about 150 bytes
+
+_PLAIN = "^#*[A-Za-z0-9]+(?:[ _.'/-]+[A-Za-z0-9]+)*$"
+_WWW = "(?i)^#*www\\."
+_SEPARATORS = "[# _.'/-]+"
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,16 @@ class Tagged:
 class HashtagKernel:
     """Reads the hashtags of batches; one for each process, since it remembers spellings.
 
-    Memory: `_REMEMBERED` spellings that have no place; those that have one are bounded by the number of hashtags and
-    the ways to write them.
+    Plain hashtags, of ASCII letters and digits, are normalised by Arrow; Python normalises the others, and asks for a
+    place once for each normalised hashtag. Memory: `_REMEMBERED` hashtags that have no place; those that have one are
+    bounded.
     """
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        self._placed: dict[str, tuple[str, str, str]] = {}  # as typed -> normalised, its key, ""
-        self._idle: dict[str, tuple[str | None, str, str]] = {}  # as typed -> normalised or None, "", why
+        self._placed: dict[str, str] = {}  # normalised -> key
+        self._idle: dict[str, str] = {}  # normalised -> why it has no place
+        self._odd: dict[str, tuple[str | None, str]] = {}  # as typed and not plain -> normalised, or why not
 
     def read(self, hashtags: Any) -> Tagged:
         """The hashtags of a batch.
@@ -83,52 +89,80 @@ class HashtagKernel:
 
         encoded = hashtags.flatten().dictionary_encode()  # `flatten` leaves out what null lists point at
         lengths = pc.fill_null(pc.list_value_length(hashtags), 0).to_numpy(zero_copy_only=False)
-        indices = encoded.indices
         post = np.repeat(np.arange(len(hashtags)), lengths)
-        if indices.null_count:
-            valid = indices.is_valid().to_numpy(zero_copy_only=False)
-            post, indices = post[valid], indices.drop_null()
-        typed = indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        typed = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        if encoded.indices.null_count:
+            post, typed = post[typed >= 0], typed[typed >= 0]
 
-        numbers: dict[str, int] = {}
-        keys: list[str] = []
-        reasons: list[str] = []
-        not_tags: dict[str, int] = {}
-        codes = np.empty(len(encoded.dictionary), np.int64)
-        for i, text in enumerate(encoded.dictionary.to_pylist()):
-            hashtag, key, reason = self._placed.get(text) or self._idle.get(text) or self._look(text)
-            if hashtag is None:
-                codes[i] = -1 - not_tags.setdefault(reason, len(not_tags))
-            else:
-                codes[i] = number = numbers.setdefault(hashtag, len(numbers))
-                if number == len(keys):
-                    keys.append(key)
-                    reasons.append(reason)
+        normalised, reasons = self._normalised(encoded.dictionary)
+        distinct = normalised.dictionary_encode()
+        codes = distinct.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         code = codes[typed] if len(codes) else typed
-
+        none = code < 0
         dropped: Counter[str] = Counter()
-        if not_tags:
-            none = code < 0
-            counted = np.bincount(-1 - code[none], minlength=len(not_tags))
-            dropped.update({reason: int(counted[i]) for reason, i in not_tags.items()})
+        if none.any():
+            numbers = np.bincount(typed[none], minlength=len(codes))
+            for i, reason in reasons.items():
+                dropped[reason] += int(numbers[i])
             post, code = post[~none], code[~none]
-        kept_post, kept_code = _distinct(post, code, len(numbers))
+        names = distinct.dictionary.to_pylist()
+        kept_post, kept_code = _distinct(post, code, len(names))
         if repeated := len(post) - len(kept_post):
             dropped["repeated"] += repeated
-        return Tagged(len(hashtags), kept_post, kept_code, list(numbers), keys, reasons, dropped)
+        keys, why = self._places(names)
+        return Tagged(len(hashtags), kept_post, kept_code, names, keys, why, dropped)
 
-    def _look(self, text: str) -> tuple[str | None, str, str]:
-        hashtag, reason = examine(text)
-        key = ""
-        if hashtag is not None:
-            key, reason = self._place(hashtag)
-            if key:
-                self._placed[text] = hashtag, key, ""
-                return hashtag, key, ""
-        if len(self._idle) == _REMEMBERED:
-            self._idle.clear()  # those that are common come back at once
-        found = self._idle[text] = (hashtag, "", reason)
-        return found
+    def _normalised(self, typed: Any) -> tuple[Any, dict[int, str]]:
+        """The normal form of each spelling `[D]`, null where there is none, and why, by number."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        # The same as `normalize.examine` says of what its own expression for plain tags matches.
+        plain = pc.and_not(pc.match_substring_regex(typed, _PLAIN), pc.match_substring_regex(typed, _WWW))
+        words = pc.utf8_lower(pc.replace_substring_regex(pc.filter(typed, plain), _SEPARATORS, ""))
+        good = pc.and_not(
+            pc.less_equal(pc.binary_length(words), MAX_LENGTH), pc.match_substring_regex(words, "^[0-9]*$")
+        )
+        place = np.flatnonzero(plain.to_numpy(zero_copy_only=False))
+        good = good.to_numpy(zero_copy_only=False)
+        source = np.full(len(typed), -1, np.int64)  # where each normal form is in `words` and, behind it, `others`
+        source[place[good]] = np.flatnonzero(good)
+        others: list[str] = []
+        reasons: dict[int, str] = {}
+        odd = np.flatnonzero(source < 0)
+        for i, text in zip(odd.tolist(), typed.take(pa.array(odd)).to_pylist(), strict=True):
+            if (found := self._odd.get(text)) is None:
+                if len(self._odd) == _REMEMBERED:
+                    self._odd.clear()  # those that are common come back at once
+                found = self._odd[text] = examine(text)
+            hashtag, reason = found
+            if hashtag is None:
+                reasons[i] = reason
+            else:
+                source[i] = len(words) + len(others)
+                others.append(hashtag)
+        both = pa.concat_arrays([words, pa.array(others, words.type)])
+        return both.take(pa.array(source, mask=source < 0)), reasons
+
+    def _places(self, hashtags: list[str]) -> tuple[list[str], list[str]]:
+        """Keys, and why there is none, of normalised hashtags."""
+        keys: list[str] = []
+        reasons: list[str] = []
+        placed, idle = self._placed, self._idle
+        for hashtag in hashtags:
+            key = placed.get(hashtag, "")
+            reason = "" if key else idle.get(hashtag, "")
+            if not key and not reason:
+                key, reason = self._place(hashtag)
+                if key:
+                    placed[hashtag] = key
+                else:
+                    if len(idle) == _REMEMBERED:
+                        idle.clear()
+                    idle[hashtag] = reason
+            keys.append(key)
+            reasons.append(reason)
+        return keys, reasons
 
 
 def count(tagged: Tagged, counts: HashtagCounts) -> NDArray[np.bool_]:

@@ -16,10 +16,24 @@ from typing import Any, NamedTuple
 
 from scale_wsl.corpus.images import RefusedImage
 
-__all__ = ["MAX_KEY", "Batch", "Post", "PostSource", "Reject", "Source", "key_of", "posts_schema", "split_hashtags"]
+__all__ = [
+    "IS_KEY",
+    "MAX_KEY",
+    "Batch",
+    "Post",
+    "PostSource",
+    "Reject",
+    "Source",
+    "key_of",
+    "posts_schema",
+    "split_hashtags",
+]
 
 MAX_KEY = 80
 """The longest key, in characters: a tar member's name has room for 100."""
+
+IS_KEY = "^[A-Za-z0-9_-]{1,80}$"
+"""What a key looks like, also to Arrow."""
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}", re.ASCII)
 _NOT_KEY = re.compile(r"[^A-Za-z0-9_-]+", re.ASCII)

@@ -65,7 +65,10 @@ def examine(text: str) -> tuple[str | None, str]:
     `cat#dog`, `red,green`), "no letter", "too long".
     """
     if len(text) <= _RAW_LIMIT and (plain := _PLAIN.fullmatch(text)) is not None:
-        return _checked(_PLAIN_SEPARATORS.sub("", plain[1]).lower())
+        word = _PLAIN_SEPARATORS.sub("", plain[1]).lower()
+        if len(word) <= MAX_LENGTH and not word.isdigit():  # then a letter is in it
+            return word, ""
+        return _checked(word)
     return _examine_any(text)
 
 

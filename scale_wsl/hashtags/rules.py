@@ -199,8 +199,8 @@ class Candidates:
         """Key and reason, one of which is empty."""
         if hashtag in self._stop:
             return "", _STOPPED
-        reading = self.wordnet.read(hashtag)
-        if not reading.synsets:
+        reading = self.wordnet.read(hashtag) if self.wordnet.may_know(hashtag) else None
+        if reading is None or not reading.synsets:
             return (canonical_key(hashtag, ()), "") if hashtag in self._own else ("", _UNKNOWN)
         if self._refusal(reading):
             return "", _OUTSIDE

@@ -139,6 +139,8 @@ class Vocabulary:
         """
         if (index := self.index(hashtag)) is not None or hashtag in self._stop:
             return index
+        if not wordnet.may_know(hashtag):
+            return None
         reading = wordnet.read(hashtag)
         index = self.index_of_synsets(reading.synsets)
         if index is None or self._classes is None:  # any other rule takes all spellings of the same synsets, or none

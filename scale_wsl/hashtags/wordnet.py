@@ -42,6 +42,7 @@ DETACHMENTS = (
     ("ies", "y"),
 )
 """WordNet's detachment rules for nouns (morphy(7WN), with the `ves` that NLTK adds)."""
+_DETACHABLE = frozenset(suffix[-1] for suffix, _ in DETACHMENTS) | {"l"}  # "l": of "ful"
 
 _EMPTY = ("index.sense", *(f"{kind}.{pos}" for kind in ("data", "index") for pos in ("adj", "adv", "verb")))
 _EMPTY_FILES = (*_EMPTY, "adj.exc", "adv.exc", "verb.exc")  # NLTK opens every part of speech
@@ -88,6 +89,7 @@ class WordNet:
         self._synsets = {hashtag: same.setdefault(key := frozenset(wnids), key) for hashtag, wnids in offsets.items()}
         self._spellings = {hashtag: tuple(lemmas) for hashtag, lemmas in spellings.items()}
         self._irregular, self._irregular_words = _read_exceptions(corpus / "noun.exc")
+        self._irregular_ends = frozenset(form[-2:] for form in (*self._irregular, *self._irregular_words))
         self._reader: tuple[int, Any] | None = None
         self.wnids = frozenset(everything)
 
@@ -130,6 +132,10 @@ class WordNet:
         """
         return self._senses[self._spellings[hashtag][0]][0]
 
+    def may_know(self, hashtag: str) -> bool:
+        """False only where `read` finds nothing, for most such hashtags, and ten times as fast."""
+        return hashtag in self._synsets or hashtag[-1] in _DETACHABLE or hashtag[-2:] in self._irregular_ends
+
     def read(self, hashtag: str) -> Reading:
         """Lead a normalised hashtag back to lemmas by WordNet's own morphology, on forms joined without spaces.
 
@@ -159,6 +165,8 @@ class WordNet:
         return Reading(hashtag, how if bases else "unknown", bases, synsets)
 
     def _irregular_compounds(self, hashtag: str) -> Iterator[str]:
+        if hashtag[-2:] not in self._irregular_ends:  # nearly every word that WordNet does not know
+            return
         for start in range(1, len(hashtag) - 1):
             for base in self._irregular_words.get(hashtag[start:], ()):
                 candidate = hashtag[:start] + base
@@ -166,6 +174,8 @@ class WordNet:
                     yield candidate
 
     def _detached(self, hashtag: str) -> Iterator[str]:
+        if hashtag[-1] not in _DETACHABLE:
+            return
         word, rest = (hashtag[:-3], "ful") if hashtag.endswith("ful") else (hashtag, "")  # "boxesful"
         if len(hashtag) <= 2 or hashtag.endswith("ss"):  # these two guards are WordNet's own
             return

@@ -90,8 +90,8 @@ def test_files_that_are_no_table(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_bytes(b"x")
     for posts, match in (
         (tmp_path / "a.xlsx", "whose name ends in"),
-        (tmp_path, "no table at"),
-        (tmp_path / "*.csv", "no table"),
+        (tmp_path, "whose name ends in"),
+        (tmp_path / "*.csv", "there is no file at"),
     ):
         with pytest.raises(UserError, match=match):
             table_files(str(posts))

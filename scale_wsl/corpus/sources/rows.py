@@ -26,7 +26,7 @@ LONGEST_ROW = 64 << 20
 _ROWS_AT_ONCE = 1 << 16
 _IMAGES_AT_ONCE = 64  # rows that may hold whole images
 _BYTES_AT_ONCE = 64 << 20  # of text
-_ROW_GROUPS = 1 << 18  # rows of a split of Parquet, which is as many whole row groups
+_ROW_GROUPS = 1 << 20  # rows of a split of Parquet, which is as many whole row groups
 
 
 class TableSplit(NamedTuple):

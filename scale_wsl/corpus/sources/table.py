@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_wsl.corpus.naming import DatasetName
-from scale_wsl.corpus.posts import Batch, Reject, Source, key_of, posts_schema, split_hashtags
+from scale_wsl.corpus.posts import IS_KEY, Batch, Reject, Source, key_of, posts_schema, split_hashtags
 from scale_wsl.corpus.sources.cells import NotText, cells_of, is_list_of_text, is_utf8
 from scale_wsl.corpus.sources.files import find_files, is_remote
 from scale_wsl.corpus.sources.rows import READERS, Rows, TableSplit, open_parquet, parquet_splits, unreadable
@@ -104,7 +104,7 @@ class TableSource(Source):
         return total
 
     def splits(self) -> Sequence[TableSplit]:
-        """A file each; of Parquet, about 262,144 rows."""
+        """A file each; of Parquet, about a million rows."""
         parts: list[TableSplit] = []
         for number, file in enumerate(find_files(self.path, SUFFIXES)):
             whole = TableSplit(self.path, file.path, number, 0)
@@ -147,7 +147,7 @@ class _Posts:
         import pyarrow as pa
 
         source = self.source
-        keys = self._keys(split, rows)
+        keys, key_column = self._keys(split, rows)
         tags = _Tags(rows.columns[source.tags], source.caption is not None)
         bad = dict(tags.bad)
         places: list[tuple[str, bytes]] = [("", b"")] * len(keys)
@@ -160,25 +160,34 @@ class _Posts:
                     places[i] = place
         keep = [i for i in range(len(keys)) if i not in bad]
         groups = None if source.group is None else cells_of(rows.columns[source.group])
-        columns = [
-            pa.array([keys[i] for i in keep], pa.string()),
-            tags.lists if len(keep) == len(keys) else tags.lists.take(pa.array(keep, pa.int64())),
-            pa.array([_group(groups[i]) if groups else None for i in keep], pa.string()),
-        ]
+        columns = [key_column, tags.lists]
+        if len(keep) < len(keys):
+            columns = [column.take(pa.array(keep, pa.int64())) for column in columns]
+        variants = pa.nulls(len(keep), pa.string())
+        columns.append(pa.array([_group(groups[i]) for i in keep], pa.string()) if groups else variants)
         if self.images:
             unknown = pa.nulls(len(keep), pa.int64())  # all of the file
             kinds = [[places[i][1] if places[i][0] == kind else None for i in keep] for kind in ("path", "data")]
             columns += [pa.array(kinds[0], pa.binary()), unknown, unknown, pa.array(kinds[1], pa.large_binary())]
-        reasons = [(keys[i], *reason.partition(": ")[::2]) for i, reason in sorted(bad.items())]
+        reasons = [(str(keys[i]), *reason.partition(": ")[::2]) for i, reason in sorted(bad.items())]
         rejects = [*rows.rejects, *(Reject(*reason) for reason in reasons)]
         return Batch(pa.RecordBatch.from_arrays(columns, schema=posts_schema(images=self.images)), rejects), keep
 
-    def _keys(self, split: TableSplit, rows: Rows) -> list[str]:
-        if self.source.key is not None:
-            cells = cells_of(rows.columns[self.source.key])
-            return [key_of("" if cell is None else _whole(str(cell))) for cell in cells]
-        before = "" if self.one_file else f"{split.file:05d}_"
-        return [f"{before}{number:09d}" for number in rows.numbers]
+    def _keys(self, split: TableSplit, rows: Rows) -> tuple[Sequence[Any], Any]:
+        """The key of each row, as a sequence and as an Arrow array."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if self.source.key is None:
+            before = "" if self.one_file else f"{split.file:05d}_"
+            keys = [f"{before}{number:09d}" for number in rows.numbers]
+            return keys, pa.array(keys, pa.string())
+        column = rows.columns[self.source.key]
+        is_text = not isinstance(column, list) and pa.types.is_string(column.type) and not column.null_count
+        if is_text and is_utf8(column) and pc.all(pc.match_substring_regex(column, IS_KEY)).as_py():
+            return column, column
+        keys = [key_of("" if cell is None else _whole(str(cell))) for cell in cells_of(column)]
+        return keys, pa.array(keys, pa.string())
 
     def _place(self, value: Any) -> tuple[str, bytes] | str:
         """("path" or "data", it), or why there is none."""
