@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from scale_wsl.corpus.execution import Workers, run_stage
-from scale_wsl.corpus.kernel import HashtagKernel, count, label
+from scale_wsl.corpus.kernel import HashtagCounter, HashtagKernel, label
 from scale_wsl.corpus.places import label_places, places_of
 from scale_wsl.corpus.posts import Source
 from scale_wsl.corpus.sources.table import TableSource
@@ -99,10 +99,11 @@ class _Counter:
     folder: Path
 
     def __call__(self, task: tuple[int, Any]) -> None:
-        kernel, counts = HashtagKernel(places_of(self.rule)), HashtagCounts()
+        kernel = HashtagKernel(places_of(self.rule))
+        counter = HashtagCounter(kernel)
         for batch in self.source.read(task[1], images=False):
-            count(kernel.read(batch.posts.column("hashtags")), counts)
-        counts.save(self.result(task))
+            counter.add(kernel.read(batch.posts.column("hashtags")))
+        counter.counts().save(self.result(task))
 
     def result(self, task: tuple[int, Any]) -> Path:
         return self.folder / f"{task[0]:06d}.parquet"
@@ -173,7 +174,7 @@ class _Labeller:
         ):
             for batch, references in self.source.references(task[1]):
                 posts = batch.posts
-                labels = label(kernel.read(posts.column("hashtags")))
+                labels = label(kernel.read(posts.column("hashtags")), kernel)
                 image = pa.array(references, pa.string())
                 arrays = [posts.column("key"), image, posts.column("group"), posts.column("hashtags"), labels]
                 kept = pc.greater(labels.value_lengths(), 0)

@@ -154,7 +154,7 @@ prepare.prepare(ToySource(), out, CONFIG, workers=Workers(count=1), overwrite=st
 """
 
 
-def _contents(folder: Path) -> dict[str, str]:
+def contents(folder: Path) -> dict[str, str]:
     """Checksums of every file but the one that says when it was made."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -167,7 +167,7 @@ def _contents(folder: Path) -> dict[str, str]:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("whole") / "out"
     prepare(ToySource(), out, CONFIG)
-    return _contents(out)
+    return contents(out)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_kill_9_leaves_nothing_half_made(stage: str, tmp_path: Path, uninterrupt
     assert prepared.report["posts"] == 132
     for path in (prepared.train, prepared.validation):
         Dataset.open(path).verify()
-    assert _contents(out) == uninterrupted
+    assert contents(out) == uninterrupted
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", unrelated.name, "out"]
 
 
@@ -258,7 +258,7 @@ def test_kill_9_at_any_moment_of_many_processes(tmp_path: Path, uninterrupted: d
             kills += 1
     assert child.returncode == 0
     assert kills
-    assert _contents(tmp_path / "out") == uninterrupted
+    assert contents(tmp_path / "out") == uninterrupted
 
 
 def test_what_was_there_comes_back_where_its_replacement_was_not_ready(tmp_path: Path) -> None:

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scale_wsl.corpus.kernel import HashtagKernel, count, label
+from scale_wsl.corpus.kernel import HashtagCounter, HashtagKernel, label
 from scale_wsl.corpus.places import label_places, places_of
 from scale_wsl.corpus.prepare.choose import TRAIN, VALIDATION
 from scale_wsl.corpus.prepare.work import Span, Work
 from scale_wsl.files import published_file
 from scale_wsl.hashtags import Vocabulary
-from scale_wsl.hashtags.counts import HashtagCounts
 from scale_wsl.hashtags.rules import VocabularyRule
 
 __all__ = ["ROLES", "Dealer", "SpanCounter"]
@@ -36,10 +35,11 @@ class SpanCounter:
 
     def __call__(self, span: Span) -> None:
         """Publish the counts."""
-        kernel, counts = HashtagKernel(places_of(self.rule)), HashtagCounts()
+        kernel = HashtagKernel(places_of(self.rule))
+        counter = HashtagCounter(kernel)
         for _, posts in _chosen_posts(self.work, span, TRAIN):
-            count(kernel.read(posts.column("hashtags").combine_chunks()), counts)
-        counts.save(self.work.counts(span))
+            counter.add(kernel.read(posts.column("hashtags").combine_chunks()))
+        counter.counts().save(self.work.counts(span))
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Dealer:
         examples: list[str] = []
         dropped = 0
         for rows, posts in _chosen_posts(self.work, span, ROLES[role]):
-            labels = label(kernel.read(posts.column("hashtags").combine_chunks()))
+            labels = label(kernel.read(posts.column("hashtags").combine_chunks()), kernel)
             has_label = labels.value_lengths().to_numpy(zero_copy_only=False) > 0
             keys = posts.column("key").to_pylist()
             order = _hashed(keys, role, self.seed) if self.shuffle else rows.astype(np.uint64)

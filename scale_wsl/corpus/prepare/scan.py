@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from scale_wsl.corpus.kernel import HashtagKernel, count
+from scale_wsl.corpus.kernel import HashtagCounter, HashtagKernel
 from scale_wsl.corpus.places import places_of
 from scale_wsl.corpus.posts import Reject, Source
 from scale_wsl.corpus.prepare.work import Work
@@ -77,7 +77,7 @@ class _Scan:
         self.spool = spool
         self.spool_path = str(final_spool).encode("utf-8", "surrogateescape")
         self.kernel = HashtagKernel(places_of(scanner.rule))
-        self.counts = HashtagCounts()
+        self.counter = HashtagCounter(self.kernel)
         self.dropped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.has_variants = False
@@ -101,7 +101,7 @@ class _Scan:
             table = batch.posts
             posts += len(batch.rejects) + len(table)
             tagged = self.kernel.read(table.column("hashtags"))
-            known = count(tagged, self.counts)
+            known = self.counter.add(tagged)
             has_any = np.zeros(len(table), np.bool_)
             has_any[tagged.post] = True
             self._drop(NO_HASHTAG, table.column("key"), ~has_any)
@@ -113,7 +113,7 @@ class _Scan:
         self._flush(everything=True)
         self.posts.close()
         self.rejects.close()
-        self.counts.save(self.aside / "counts.parquet")
+        self.counter.counts().save(self.aside / "counts.parquet")
         report = {
             "posts": posts,
             "dropped": dict(self.dropped),
