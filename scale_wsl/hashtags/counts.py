@@ -104,24 +104,27 @@ class HashtagCounts:
         import pyarrow
         import pyarrow.parquet
 
-        rows = sorted(self._rows())
-        columns = zip(*rows, strict=True) if rows else [()] * len(_COLUMNS)
-        arrays = [pyarrow.array(column, kind) for column, kind in zip(columns, _COLUMNS.values(), strict=True)]
+        parts = [pyarrow.table(columns, names=list(_COLUMNS)) for columns in self._columns()]
+        table = pyarrow.concat_tables(parts).sort_by([("part", "ascending"), ("name", "ascending")])
         tallies = {reason: [tally.limit, tally.total, tally.error] for reason, tally in self.without_place.items()}
         head = {"format": FORMAT, "version": VERSION, "posts": self.posts, "known": self.known, "tallies": tallies}
-        table = pyarrow.table(arrays, names=list(_COLUMNS))
-        table = table.replace_schema_metadata({_METADATA: json.dumps(head, sort_keys=True).encode()})
+        table = table.combine_chunks().replace_schema_metadata({_METADATA: json.dumps(head, sort_keys=True).encode()})
         with published_file(path) as aside:
             pyarrow.parquet.write_table(table, aside, compression="zstd")
 
-    def _rows(self) -> Iterator[tuple[str, str, int, int]]:
-        for part, counter in zip(_PARTS, (self.raw, self.canonical, self.dropped_tags), strict=False):
-            for name, count in counter.items():
-                if count:
-                    yield part, name, count, 0
-        for reason, tally in self.without_place.items():
-            for name in tally:
-                yield reason, name, tally.count(name), tally.most(name) - tally.count(name)
+    def _columns(self) -> Iterator[list[Any]]:
+        """The columns of the file, part by part."""
+        import pyarrow
+
+        held: list[tuple[str, Mapping[str, int], Mapping[str, int]]] = [
+            (part, counter, {})
+            for part, counter in zip(_PARTS, (self.raw, self.canonical, self.dropped_tags), strict=False)
+        ]
+        held += [(reason, *tally.held()) for reason, tally in self.without_place.items()]
+        for part, counter, missed in held:
+            names = [name for name, count in counter.items() if count]
+            columns = ([part] * len(names), names, [counter[name] for name in names], [missed.get(n, 0) for n in names])
+            yield [pyarrow.array(column, kind) for column, kind in zip(columns, _COLUMNS.values(), strict=True)]
 
     @classmethod
     def load(cls, path: str | Path) -> HashtagCounts:
@@ -143,8 +146,8 @@ class HashtagCounts:
                 if [(field.name, str(field.type)) for field in schema] != list(_COLUMNS.items()):
                     raise ValueError(f"its columns are not {', '.join(_COLUMNS)}")
                 head = json.loads((schema.metadata or {}).get(_METADATA, b"null"))
-                columns = file.read().to_pydict()
-            return cls._parsed(head, columns)
+                table = file.read()
+            return cls._parsed(head, table)
         except OSError as error:
             reason = error.strerror or " ".join(str(error).split())[:200]
             raise UserError(f"cannot read the counts {path}: {reason}") from None
@@ -153,7 +156,7 @@ class HashtagCounts:
             raise UserError(f"{path} holds no hashtag counts, or is damaged: {reason}") from None
 
     @classmethod
-    def _parsed(cls, head: Any, columns: Mapping[str, list[Any]]) -> HashtagCounts:
+    def _parsed(cls, head: Any, table: Any) -> HashtagCounts:
         if not isinstance(head, dict) or head.get("format") != FORMAT:
             raise ValueError(f'it does not say "format": "{FORMAT}"')
         if type(head.get("version")) is not int or head["version"] != VERSION:
@@ -161,33 +164,52 @@ class HashtagCounts:
         posts, known, tallies = head.get("posts"), head.get("known"), head.get("tallies")
         if not isinstance(tallies, dict) or not _is_count(posts) or not _is_count(known) or known > posts:
             raise ValueError("its numbers of posts are none")
-        parts: dict[str, dict[str, tuple[int, int]]] = {part: {} for part in _PARTS}
-        for part, name, count, missed in zip(*(columns[column] for column in _COLUMNS), strict=True):
-            if part not in parts or name is None or count is None or missed is None or name in parts[part]:
-                raise ValueError(f"a row is of {part!r} {name!r}, or there are two")
-            if count < 1 or (missed and part not in PLACELESS):
-                raise ValueError(f"the count of {name!r} is {count}")
-            if part not in ("canonical", "dropped tags") and normalize(name) != name:
-                raise ValueError(f"{name[:60]!r} is no hashtag in normal form")
-            if part in ("raw", "canonical") and count > known:
-                raise ValueError(f"{name!r} is on {count} of {known} posts")
-            parts[part][name] = count, missed
+        parts = _parts(table, known)
         without_place = {}
         for reason in PLACELESS:
             figures = tallies.pop(reason, None)
-            if figures is None and not parts[reason]:
+            counted, missed = parts[reason]
+            if figures is None and not counted:
                 continue
             if not isinstance(figures, list) or len(figures) != 3 or not all(map(_is_count, figures)):
                 raise ValueError(f"its figures of the hashtags without place ({reason}) are none")
-            without_place[reason] = Tally.restored(figures[0], figures[1], figures[2], parts[reason])
+            limit, total, error = figures
+            without_place[reason] = Tally.restored(limit, total, error, counted, missed)
         if tallies:
             raise ValueError(f"it knows other reasons than {', '.join(PLACELESS)}")
-        raw, canonical, dropped = (
-            Counter({name: count for name, (count, _) in parts[part].items()}) for part in _PARTS[:3]
-        )
+        raw, canonical, dropped = (Counter(parts[part][0]) for part in _PARTS[:3])
         if bool(known) != bool(raw) or bool(raw) != bool(canonical):
             raise ValueError("its counts of posts, of hashtags and of labels contradict each other")
         return cls(posts, known, raw, canonical, dropped, without_place)
+
+
+def _parts(table: Any, known: int) -> dict[str, tuple[dict[str, int], dict[str, int]]]:
+    """name -> count, and name -> missed where that is not 0, of each part of a file that is not believed yet."""
+    import pyarrow.compute as pc
+
+    if any(table.column(name).null_count for name in _COLUMNS):
+        raise ValueError("it has empty cells")
+    parts: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
+    for part in _PARTS:
+        rows = table.filter(pc.equal(table.column("part"), part))
+        names, counts, missed = (rows.column(name).to_pylist() for name in ("name", "count", "missed"))
+        parts[part] = dict(zip(names, counts, strict=True)), {n: m for n, m in zip(names, missed, strict=True) if m}
+        if len(parts[part][0]) != len(names):
+            raise ValueError(f"a row of {part!r} is there twice")
+        if counts and min(counts) < 1:
+            raise ValueError(f"a count of {part!r} is {min(counts)}")
+        if parts[part][1] and part not in PLACELESS:
+            raise ValueError(f"a count of {part!r} may not miss anything")
+        if part in ("raw", "canonical") and counts and max(counts) > known:
+            raise ValueError(f"a hashtag is on {max(counts)} of {known} posts")
+        if part not in ("canonical", "dropped tags"):
+            plain = pc.match_substring_regex(rows.column("name"), "^[0-9]{0,50}[a-z][a-z0-9]{0,49}$")
+            for name in rows.column("name").filter(pc.invert(plain)).to_pylist():  # the others are in normal form
+                if normalize(name) != name:
+                    raise ValueError(f"{name[:60]!r} is no hashtag in normal form")
+    if sum(len(counted) for counted, _ in parts.values()) != table.num_rows:
+        raise ValueError(f"a row is of another part than {', '.join(_PARTS)}")
+    return parts
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

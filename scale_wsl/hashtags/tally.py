@@ -43,25 +43,33 @@ class Tally:
         self._missed: dict[str, int] = {}  # where not 0: what may have been counted before the hashtag was taken up
 
     @classmethod
-    def restored(cls, limit: int, total: int, error: int, held: Mapping[str, tuple[int, int]]) -> Tally:
-        """A tally as it was, from hashtag -> (count, what may be missing from it).
+    def restored(
+        cls, limit: int, total: int, error: int, counts: Mapping[str, int], missed: Mapping[str, int]
+    ) -> Tally:
+        """A tally as it was, from what `held` gave.
 
         Raises:
             ValueError: The figures contradict each other.
         """
         tally = cls(limit)
         tally.total, tally.error = total, error
-        tally._counts = {hashtag: count for hashtag, (count, _) in held.items()}
-        tally._missed = {hashtag: missed for hashtag, (_, missed) in held.items() if missed}
-        if len(held) > limit:
-            raise ValueError(f"a tally of at most {limit} hashtags holds {len(held)}")
-        counted = sum(tally._counts.values())
+        tally._counts, tally._missed = dict(counts), dict(missed)
+        if len(counts) > limit:
+            raise ValueError(f"a tally of at most {limit} hashtags holds {len(counts)}")
+        counted = sum(counts.values())
         if error < 0 or counted > total or (error == 0 and counted != total):
             raise ValueError(f"a tally's counts add up to {counted}, its total is {total} and its error {error}")
-        for hashtag, (count, missed) in held.items():
-            if count < 1 or not 0 <= missed <= error or count + missed <= error:
-                raise ValueError(f"a tally's count of {hashtag!r} is {count}, of which {missed} may be missing")
+        if counts and (min(counts.values()) < 1 or (missed and not 0 < min(missed.values()) <= max(missed.values()))):
+            raise ValueError("a tally's count is below 1")
+        if (missed and max(missed.values()) > error) or not missed.keys() <= counts.keys():
+            raise ValueError(f"a tally may have missed more than its error, {error}")
+        if error and any(count <= error and count + missed.get(name, 0) <= error for name, count in counts.items()):
+            raise ValueError(f"a tally holds a hashtag that its error, {error}, would have made it forget")
         return tally
+
+    def held(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
+        """Hashtag -> count of all that are held, and hashtag -> what may be missing from it, where that is not 0."""
+        return self._counts, self._missed
 
     def __len__(self) -> int:
         """Distinct hashtags held."""
@@ -124,6 +132,8 @@ class Tally:
 
     def _prune(self) -> None:
         kept = self.limit - self.limit // 4  # room for a quarter of new ones, or each would mean sorting
-        self.error = sorted(map(self.most, self._counts), reverse=True)[kept]
-        self._counts = {hashtag: count for hashtag, count in self._counts.items() if self.most(hashtag) > self.error}
+        missed = self._missed.get
+        most = {hashtag: count + missed(hashtag, 0) for hashtag, count in self._counts.items()}
+        self.error = sorted(most.values(), reverse=True)[kept]
+        self._counts = {hashtag: count for hashtag, count in self._counts.items() if most[hashtag] > self.error}
         self._missed = {hashtag: missed for hashtag, missed in self._missed.items() if hashtag in self._counts}

@@ -147,7 +147,7 @@ def write(path: Path, head: Any, rows: list[tuple[Any, ...]], kinds: tuple[str, 
 def test_a_file_as_it_should_be(tmp_path: Path) -> None:
     write(tmp_path / "counts", HEAD, ROWS)
     counts = HashtagCounts.load(tmp_path / "counts")
-    tally = Tally.restored(10, 7, 2, {"selfie": (3, 1)})
+    tally = Tally.restored(10, 7, 2, {"selfie": 3}, {"selfie": 1})
     expected = HashtagCounts(
         9, 5, Counter(brownbear=4), Counter(n02132136=4), Counter(symbols=8), {"no noun synset": tally}
     )
