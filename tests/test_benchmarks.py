@@ -22,6 +22,10 @@ SMALL = {
         "--engines fsdp zero2 --widths 4 --depth 26 --limit-gib 12 --image-size 32",
         r"(?s)fsdp +26 32x4d .* (\d+\.\d{4} ?){3}.*zero2 +26 32x4d .* (\d+\.\d{4} ?){3}",
     ),
+    "corpus.py": (
+        "--posts 3000 6000 --rounds 1",
+        r"(?s)6,000 ours .*6,000 DuckDB .*the same 5,\d\d\d labelled posts.* both +\d+\.\d\d .*to the power of \d\.\d",
+    ),
     "checkpoint.py": ("--width 4 --saves 1 --step-seconds 0.1", r"stall / blocking save: median [\d.]+%"),
 }
 

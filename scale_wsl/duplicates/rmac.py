@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ __all__ = ["SCALES", "Grid", "Moments", "Whitening", "region_grids", "region_vec
 SCALES = 3
 """L, as in Tolias et al. 2016, section 5."""
 
-_OVERLAP = 0.4  # of neighbours at scale 1 (section 3.2)
+_OVERLAP = Fraction(2, 5)  # of neighbours at scale 1 (section 3.2)
 _TINY = 1e-12  # a region in which nothing is active has no direction, and keeps length 0
 _LEAST_VARIANCE = 1e-6  # of the largest one's; directions of less are rounding, which whitening would blow up
 
@@ -61,7 +62,13 @@ def _count_along(short: int, long: int) -> int:
     if short == long:
         return 1
     most = 2 + 2 * -(-long // short)  # overlap grows with the number, and is above 40 % long before
-    return min(range(2, most + 1), key=lambda count: (abs(1 - (long - short) / (count - 1) / short - _OVERLAP), count))
+
+    def off(count: int) -> tuple[Fraction, int]:
+        return abs(
+            1 - Fraction(long - short, (count - 1) * short) - _OVERLAP
+        ), count  # exact, or ties would be rounding's
+
+    return min(range(2, most + 1), key=off)
 
 
 def _spread(room: int, count: int) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ _PLANES = (range(0x300, 0x20000), range(0xE0000, 0xE1000))
 _VARIATION_SELECTORS = (range(0xFE00, 0xFE10), range(0xE0100, 0xE01F0))
 
 _BORDER = "\x01"  # behind a sign, between two texts
+_NO_BORDER = "\x02"  # what takes its place in a text: it ends a tag as well, and no URL
 _JOINED = 256  # texts at a time, which stay in the processor's cache
 
 # Both begin with a literal, which the scan finds by memchr; what stands before the dot is looked at behind it.
@@ -53,7 +54,7 @@ def find_hashtags(text: str) -> list[str]:
     """
     if "#" not in text and "＃" not in text:
         return []
-    return [tag for tag in _tags(text.replace(_BORDER, " ")) if tag.isalpha() or _has_letter(tag)]
+    return [tag for tag in _tags(text.replace(_BORDER, _NO_BORDER)) if tag.isalpha() or _has_letter(tag)]
 
 
 def find_hashtags_in(texts: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
@@ -71,7 +72,7 @@ def find_hashtags_in(texts: Sequence[str]) -> tuple[list[str], NDArray[np.int64]
     tagged = [i for i, text in enumerate(texts) if "#" in text or "＃" in text]
     for start in range(0, len(tagged), _JOINED):
         places = tagged[start : start + _JOINED]
-        joined = [texts[i].replace(_BORDER, " ") for i in places]
+        joined = [texts[i].replace(_BORDER, _NO_BORDER) for i in places]
         found = _tags(f"\n#{_BORDER}\n".join(joined))
         kept = [tag for tag in found if tag.isalpha() or tag == _BORDER or _has_letter(tag)]
         borders = [place for place, tag in enumerate(kept) if tag == _BORDER]

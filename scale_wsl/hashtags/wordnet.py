@@ -134,7 +134,7 @@ class WordNet:
 
     def may_know(self, hashtag: str) -> bool:
         """False only where `read` finds nothing, for most such hashtags, and ten times as fast."""
-        return hashtag in self._synsets or hashtag[-1] in _DETACHABLE or hashtag[-2:] in self._irregular_ends
+        return hashtag in self._synsets or hashtag[-1:] in _DETACHABLE or hashtag[-2:] in self._irregular_ends
 
     def read(self, hashtag: str) -> Reading:
         """Lead a normalised hashtag back to lemmas by WordNet's own morphology, on forms joined without spaces.
@@ -174,7 +174,7 @@ class WordNet:
                     yield candidate
 
     def _detached(self, hashtag: str) -> Iterator[str]:
-        if hashtag[-1] not in _DETACHABLE:
+        if hashtag[-1:] not in _DETACHABLE:
             return
         word, rest = (hashtag[:-3], "ful") if hashtag.endswith("ful") else (hashtag, "")  # "boxesful"
         if len(hashtag) <= 2 or hashtag.endswith("ss"):  # these two guards are WordNet's own

@@ -6,7 +6,7 @@ import time
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from scale_wsl.hashtags import find_hashtags, find_hashtags_in, normalize
@@ -95,6 +95,7 @@ _TEXTS = st.lists(_PIECES, max_size=14).map("".join)
 
 @settings(max_examples=1500)
 @given(_TEXTS)
+@example("http://\x01#http://")
 def test_it_finds_what_the_rules_say(text: str) -> None:
     assert find_hashtags(text) == reference(text)
 

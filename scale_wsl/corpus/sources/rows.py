@@ -130,6 +130,8 @@ def _csv_rows(split: TableSplit, columns: Sequence[str], images: bool) -> Iterat
             header = next(csv.reader(lines, strict=True), [])
         except (csv.Error, _TooLongError) as error:
             raise UserError(f"cannot read the header of {split.path}: {error or 'it is too long'}") from None
+        if not all(map(_is_text, header)):
+            raise UserError(f"cannot read the header of {split.path}: it is not UTF-8 text")
         _check_columns(split.path, columns, header)
         places = [header.index(column) for column in columns]
         width = len(header)

@@ -276,7 +276,7 @@ def test_text_in_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
     [
         ("a.csv", b"", "has no column 'hashtags'"),
         ("a.csv", b'image,"hashtags', "cannot read the header of"),
-        ("a.csv", b"\xff\xfe\x00", "has no column 'hashtags'"),
+        ("a.csv", b"\xff\xfe\x00", "it is not UTF-8 text"),
         ("a.parquet", b"PAR1", "cannot read the table"),
         ("a.parquet", b"", "cannot read the table"),
     ],
