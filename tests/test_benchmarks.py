@@ -24,7 +24,7 @@ SMALL = {
     ),
     "corpus.py": (
         "--posts 3000 6000 --rounds 1",
-        r"(?s)6,000 ours .*6,000 DuckDB .*the same 5,\d\d\d labelled posts.* both +\d+\.\d\d .*to the power of \d\.\d",
+        r"(?s)6,000 ours .*6,000 DuckDB .*the same 4,\d\d\d labelled posts.* both +\d+\.\d\d .*to the power of \d\.\d",
     ),
     "checkpoint.py": ("--width 4 --saves 1 --step-seconds 0.1", r"stall / blocking save: median [\d.]+%"),
 }
