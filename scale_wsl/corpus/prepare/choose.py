@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from scale_wsl.corpus.dedup import Near, clusters, split
 from scale_wsl.corpus.images import SIDE
+from scale_wsl.corpus.keyhash import mixed
 from scale_wsl.corpus.places import edition
 from scale_wsl.corpus.prepare.work import Chunk, Span, Work
 from scale_wsl.errors import UserError
@@ -192,7 +193,7 @@ def choose_by_hash(
             for i, group in enumerate(work.posts(chunk, ["group"]).column("group").to_pylist()):
                 if group is not None:
                     words[i] = _group_word(joined.get(group, group))
-        drawn = (_mixed(words ^ salt) < bound) & (chosen.fate[here] == TRAIN)
+        drawn = (mixed(words ^ salt) < bound) & (chosen.fate[here] == TRAIN)
         chosen.fate[here][drawn] = VALIDATION
         if drawn.any():
             thumbnails.append(_thumbnails(work, chunk)[drawn])
@@ -201,14 +202,6 @@ def choose_by_hash(
 
 def _group_word(group: str) -> int:
     return int.from_bytes(hashlib.sha256(b"group " + group.encode()).digest()[:8], "little")
-
-
-def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Each word by the finaliser of SplitMix64 (Steele et al. 2014), which leaves no bit as it was."""
-    with np.errstate(over="ignore"):
-        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
 
 
 def _joined_groups(work: Work, chunks: Sequence[Chunk], chosen: Chosen) -> dict[str, str]:

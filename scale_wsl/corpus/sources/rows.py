@@ -35,8 +35,8 @@ class TableSplit(NamedTuple):
     address: str
     """Of the table, whose file system it is on."""
     path: str
-    file: int
-    """Its number among the table's files."""
+    file: int | None
+    """Its number among the table's files; None where it is the only one."""
     first_row: int
     groups: tuple[int, int] | None = None
     """Row groups [from, to) of Parquet."""

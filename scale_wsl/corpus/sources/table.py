@@ -106,8 +106,9 @@ class TableSource(Source):
     def splits(self) -> Sequence[TableSplit]:
         """A file each; of Parquet, about a million rows."""
         parts: list[TableSplit] = []
-        for number, file in enumerate(find_files(self.path, SUFFIXES)):
-            whole = TableSplit(self.path, file.path, number, 0)
+        files = find_files(self.path, SUFFIXES)
+        for number, file in enumerate(files):
+            whole = TableSplit(self.path, file.path, number if len(files) > 1 else None, 0)
             parts += parquet_splits(whole) if file.suffix == ".parquet" else [whole]
         return parts
 
@@ -138,7 +139,6 @@ class _Posts:
     def __init__(self, source: TableSource, images: bool) -> None:
         self.source = source
         self.images = images
-        self.one_file = len(find_files(source.path, SUFFIXES)) == 1
         self.root = source._root
         self.real_root = "" if is_remote(self.root) else os.path.realpath(self.root)
 
@@ -179,7 +179,7 @@ class _Posts:
         import pyarrow.compute as pc
 
         if self.source.key is None:
-            before = "" if self.one_file else f"{split.file:05d}_"
+            before = "" if split.file is None else f"{split.file:05d}_"
             keys = [f"{before}{number:09d}" for number in rows.numbers]
             return keys, pa.array(keys, pa.string())
         column = rows.columns[self.source.key]
