@@ -23,7 +23,7 @@ from tqdm import tqdm
 from scale_wsl.errors import UserError
 from scale_wsl.recipe import setting
 
-__all__ = ["Workers", "run_stage"]
+__all__ = ["Workers", "refuse_import", "run_stage"]
 
 Task = TypeVar("Task")
 
@@ -37,7 +37,7 @@ class Workers:
     engine: str = setting(
         "processes", "processes: of this machine; daft: the library of that name, on Ray where `address` is given."
     )
-    count: int | None = setting(None, "Processes; null: one for each core, or as many as a cluster has.")
+    count: int | None = setting(None, "Processes of this machine; null: one for each core.")
     address: str | None = setting(
         None, "daft: a Ray cluster, such as auto or ray://head:10001, whose nodes all see the folders that are named."
     )
@@ -49,11 +49,23 @@ class Workers:
             raise UserError(f"workers.count is {self.count}, but must be at least 1")
         if self.address is not None and self.engine != "daft":
             raise UserError(f"workers.address is {self.address}, which needs workers.engine=daft")
+        if self.address is not None and self.count is not None:
+            raise UserError("workers.count is of this machine's processes, and a cluster has its own: leave it out")
 
     @property
     def here(self) -> int:
         """How many processes of this machine work."""
         return self.count or _cores()
+
+
+def refuse_import() -> None:
+    """Refuse to work in a process that is only importing the user's script, in order to become a worker.
+
+    Raises:
+        UserError: That is so; the worker would wait for the lock that its parent holds.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError("a script that prepares a data set must do so under: if __name__ == '__main__'")
 
 
 def run_stage(
@@ -139,7 +151,7 @@ def _in_processes(function: Callable[[Task], None], tasks: Sequence[Task], count
                 yield waiting.pop(future)
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed, perhaps for want of memory: what is done is kept, start again with a smaller "
+            "a worker process ended, perhaps for want of memory: what is done is kept, start again with a smaller "
             "workers.count"
         ) from None
     finally:

@@ -138,6 +138,7 @@ def test_daft_makes_the_same(engine: str, fate: str, tmp_path: Path, expected: d
         ({"engine": "spark"}, "workers.engine is 'spark', but must be processes or daft"),
         ({"count": 0}, "workers.count is 0"),
         ({"address": "auto"}, "needs workers.engine=daft"),
+        ({"engine": "daft", "address": "auto", "count": 3}, "workers.count is of this machine's processes"),
     ],
 )
 def test_workers_that_there_are_not(options: dict[str, object], match: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,13 @@ from tests.corpus.toy import CONFIG, TAGS, ToySource, noise
 from tests.loading.fakes import encode
 
 ALONE = Workers(count=1)
+
+
+class TwoSplits(ToySource):
+    """Enough for two processes."""
+
+    def splits(self) -> list[int]:
+        return [0, 1]
 
 
 def config(**changes: Any) -> PrepareConfig:
@@ -89,6 +99,21 @@ def test_near_is_the_rule_of_clusters() -> None:
     assert np.array_equal(Near(some).any_near(others), expected)
     assert np.array_equal(Near(some[:5]).any_near(others), (1 - distance[:, :5] / 2 >= NEAR).any(1))
     assert not Near(np.empty((0, 16, 16), np.uint8)).any_near(others).any()
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(
+        "from pathlib import Path\nfrom scale_wsl.corpus.execution import Workers\n"
+        "from scale_wsl.corpus.prepare import prepare\nfrom tests.corpus.test_prepare_modes import TwoSplits\n"
+        "from tests.corpus.toy import CONFIG\n"
+        "prepare(TwoSplits(), Path(__file__).parent / 'out', CONFIG, workers=Workers(count=2))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(tmp_path / "job.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert "must do so under: if __name__ == '__main__'" in done.stderr
+    assert "a worker process ended" in done.stderr
 
 
 # --- the rest -------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 import scale_wsl
-from scale_wsl.corpus.execution import Workers, run_stage
+from scale_wsl.corpus.execution import Workers, refuse_import, run_stage
 from scale_wsl.corpus.naming import DatasetName
 from scale_wsl.corpus.posts import Source
 from scale_wsl.corpus.prepare import choose
@@ -77,6 +77,7 @@ def prepare(
     Raises:
         UserError: The source cannot be read, `out` holds something else, or no image or no label is left.
     """
+    refuse_import()
     config, workers = config or PrepareConfig(), workers or Workers()
     DatasetName("train", source.name, 0, 0)  # a name that is none is refused before the work, not after
     rule = Vocabulary.load(config.vocabulary) if config.is_file else config.rule(source.stop)
