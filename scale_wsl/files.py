@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["published_file", "published_folder", "sync_folder"]
+__all__ = ["discard", "published_file", "published_folder", "sync_folder"]
 
 
 def sync_folder(folder: Path) -> None:
@@ -27,6 +27,19 @@ def sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, if it is there, so that a crash leaves it whole or not at all under its name.
+
+    What is being removed has the name `.<name>.trash.part`, and is removed by the next call where a crash left it.
+    """
+    trash = folder.with_name(f".{folder.name.removeprefix('.')}.trash.part")
+    shutil.rmtree(trash, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, trash)
+        sync_folder(folder.parent)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 from scale_wsl.commands import nothing_else
 from scale_wsl.commands.sources import source_and_workers
 from scale_wsl.errors import UserError
+from scale_wsl.files import discard
 
 __all__ = ["add"]
 
@@ -113,7 +114,7 @@ def _add_under(parser: argparse.ArgumentParser) -> None:
 def _build(arguments: argparse.Namespace, extra: list[str]) -> None:
     nothing_else([word for word in extra if word.startswith("-")])  # settings may follow options
     from scale_wsl.corpus.counting import count_covered, count_posts
-    from scale_wsl.hashtags import Vocabulary, VocabularyRule
+    from scale_wsl.hashtags import Vocabulary, VocabularyRule, WordNet
     from scale_wsl.hashtags.lists import read_hashtags
     from scale_wsl.hashtags.report import report_path
 
@@ -128,21 +129,28 @@ def _build(arguments: argparse.Namespace, extra: list[str]) -> None:
     if arguments.min_count < 1:
         raise UserError(f"--min-count is {arguments.min_count}; a label is kept from 1 post upwards")
 
-    counts = count_posts(source, rule, workers=workers)
+    rule.candidates(WordNet.load())  # what it names is there, or the work need not begin
+    work = arguments.out.with_name(f".{arguments.out.name}.work")  # where a run that was killed goes on
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {arguments.out}: {error.strerror}") from None
+    counts = count_posts(source, rule, workers=workers, work=work)
     vocabulary, report = Vocabulary.of_counts(counts, rule, min_count=arguments.min_count)
     if not vocabulary.entries:
         raise UserError(
             f"no hashtag that has a place is on {arguments.min_count} of the {counts.posts:,} posts or more "
-            "(--min-count)"
+            "(--min-count); what was counted is kept for another try"
         )
     if report.coverage.covered_least < report.coverage.covered_most and not arguments.one_pass:
-        coverage = report.coverage.counted(count_covered(source, vocabulary, workers=workers))
+        coverage = report.coverage.counted(count_covered(source, vocabulary, workers=workers, work=work))
         report = dataclasses.replace(report, coverage=coverage)
     try:
         report.save(report_file, vocabulary.hash)
         vocabulary.save(arguments.out)
     except OSError as error:
         raise UserError(f"cannot write {arguments.out}: {error.strerror}") from None
+    discard(work)
     print(report.summary())
     print(f"{arguments.out}: {len(vocabulary):,} labels, {vocabulary.hash[:12]}; the rest is in {report_file}")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -24,13 +23,14 @@ from scale_wsl.corpus.places import label_places, places_of
 from scale_wsl.corpus.posts import Source
 from scale_wsl.corpus.sources.table import TableSource
 from scale_wsl.errors import UserError
-from scale_wsl.files import published_file
+from scale_wsl.files import discard, published_file
 from scale_wsl.hashtags import Vocabulary
 from scale_wsl.hashtags.counts import HashtagCounts
 from scale_wsl.hashtags.rules import VocabularyRule
 
 __all__ = ["count_covered", "count_posts", "label_posts"]
 
+_LABELLED = "scale_wsl labelled posts"
 _ROWS = 1 << 16  # of a row group of labelled posts
 
 
@@ -60,14 +60,16 @@ def count_posts(
     return counts
 
 
-def count_covered(source: Source, vocabulary: Vocabulary, *, workers: Workers | None = None) -> int:
-    """How many posts have at least one label of a vocabulary.
+def count_covered(
+    source: Source, vocabulary: Vocabulary, *, workers: Workers | None = None, work: Path | None = None
+) -> int:
+    """How many posts have at least one label of a vocabulary; arguments as of `count_posts`.
 
     Raises:
         UserError: The source cannot be read.
     """
     splits = list(enumerate(source.splits()))
-    with _work_folder(None, []) as folder:
+    with _work_folder(work, [source.name, source.fingerprint(), vocabulary.hash]) as folder:
         vocabulary.save(folder / "vocabulary.json")
         coverer = _Coverer(source, str(folder / "vocabulary.json"), folder)
         run_stage(f"{source.name}: coverage", splits, coverer, coverer.result, workers or Workers())
@@ -132,17 +134,22 @@ def label_posts(
     """
     splits = list(enumerate(source.splits()))
     meaning = Vocabulary.load(vocabulary).hash
-    facts = json.loads(json.dumps([source.name, source.fingerprint(), meaning]))
+    facts = json.loads(json.dumps([_LABELLED, source.name, source.fingerprint(), meaning]))
+    out, vocabulary = out.resolve(), vocabulary.resolve()  # whoever writes may be in another folder
     marker = out / "labelled.json"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: choose a folder")
     if out.exists() and any(out.iterdir()):
         try:
             there = json.loads(marker.read_bytes())
         except (OSError, ValueError, RecursionError):
             raise UserError(f"{out} is not empty and holds no labelled posts: choose another folder") from None
+        if not isinstance(there, list) or there[:1] != [_LABELLED]:
+            raise UserError(f"{out} is not empty and holds no labelled posts: choose another folder")
         if there != facts:
             if not overwrite:
                 raise UserError(f"{out} holds the posts of another table, or by another vocabulary: choose --overwrite")
-            shutil.rmtree(out)
+            discard(out)
     out.mkdir(parents=True, exist_ok=True)
     with published_file(marker) as aside:
         aside.write_text(json.dumps(facts), "utf-8")
@@ -203,7 +210,10 @@ class _Labeller:
 def _work_folder(work: Path | None, facts: Any) -> Iterator[Path]:
     """A folder for the parts of just this work: in the given one, and kept, or a temporary one."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    with nullcontext(work) if work else tempfile.TemporaryDirectory(prefix="scale_wsl-") as folder:
+    with nullcontext(work.resolve()) if work else tempfile.TemporaryDirectory(prefix="scale_wsl-") as folder:
         parts = Path(folder) / digest
-        parts.mkdir(parents=True, exist_ok=True)
+        try:
+            parts.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {parts}: {error.strerror}") from None
         yield parts

@@ -102,6 +102,9 @@ def run_stage(
             finished = _in_processes(function, todo, workers.here)
         for task in finished:
             bar.update(weight(task))
+    missing = next((result(task) for task in todo if not result(task).exists()), None)
+    if missing is not None:
+        raise UserError(f"{missing} was made and is not there: do all workers see the same {missing.parent}?")
 
 
 def _here(function: Callable[[Task], None], tasks: Sequence[Task]) -> Iterator[Task]:

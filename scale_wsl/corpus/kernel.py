@@ -29,6 +29,8 @@ Place = Callable[[str], tuple[str, str]]
 
 _REMEMBERED = 1 << 19  # hashtags without a place that are remembered; one takes about 150 bytes
 
+_LONGEST_REMEMBERED = 200  # characters
+
 _PLAIN = "^#*[A-Za-z0-9]+(?:[ _.'/-]+[A-Za-z0-9]+)*$"
 _WWW = "(?i)^#*www\\."
 _SEPARATORS = "[# _.'/-]+"
@@ -140,7 +142,9 @@ class HashtagKernel:
             if (found := self._odd.get(text)) is None:
                 if len(self._odd) == _REMEMBERED:
                     self._odd.clear()  # those that are common come back at once
-                found = self._odd[text] = examine(text)
+                found = examine(text)
+                if len(text) <= _LONGEST_REMEMBERED:
+                    self._odd[text] = found
             hashtag, reason = found
             if hashtag is None:
                 reasons[i] = reason

@@ -181,7 +181,8 @@ def _batches(posts: Iterable[Post | Reject], images: bool) -> Iterator[Batch]:
         if isinstance(post, Reject):
             rejects.append(post)
             continue
-        row: tuple[Any, ...] = post.key, [_text(tag) for tag in post.hashtags], post.group
+        group = None if post.group is None else _text(post.group)
+        row: tuple[Any, ...] = post.key, [_text(tag) for tag in post.hashtags], group
         if images:
             try:
                 place = _place(post.image)

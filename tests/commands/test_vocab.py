@@ -147,4 +147,5 @@ def test_mistakes_are_one_sentence(
 ) -> None:
     before = sorted(folder.iterdir())
     assert says in mistake(capsys, *arguments)
-    assert sorted(folder.iterdir()) == before
+    kept = {folder / ".v.json.work"} if "99" in arguments else set()  # what was counted is good for another try
+    assert set(folder.iterdir()) == {*before, *kept}

@@ -167,7 +167,7 @@ def test_tars(folder: Path) -> None:
 
         for number, (name, data) in enumerate(ODD.items()):
             add(f"{number}.{name.rpartition('.')[2]}", data)
-            add(f"{number}.json", json.dumps({"hashtags": ["cat"]}).encode())
+            add(f"{number}.json", json.dumps({"hashtags": ["cat"], "group": f"\ud800{number}"}).encode())
         add("../outside.png", encode(noise(1)))
         add("/tmp/absolute.png", encode(noise(2)))
         add("link.png", type=tarfile.SYMTYPE, linkname="../../secret.png")

@@ -75,9 +75,11 @@ def test_a_group_comes_to_one_side_also_through_copies(tmp_path: Path) -> None:
         def posts(self, split: Any = None) -> Iterator[Post]:
             for i in range(60):
                 images = [encode(noise(4 * i + j)) for j in range(3)]
-                # b is a copy of a, so that its group g2 ties c to a, whose own group is another.
-                for name, image, group in (("a", 0, "g1"), ("b", 0, "g2"), ("c", 1, "g2"), ("d", 2, "g1")):
-                    yield Post(f"{i}-{name}", lambda data=images[image]: data, ("cat",), f"{i}-{group}")  # type: ignore[misc]
+                # b is a copy of a, so that its group g2 ties c to a, whose own group is another, or none.
+                first = "g1" if i % 2 else None
+                for name, image, group in (("a", 0, first), ("b", 0, "g2"), ("c", 1, "g2"), ("d", 2, first or "g2")):
+                    own = group and f"{i}-{group}"
+                    yield Post(f"{i}-{name}", lambda data=images[image]: data, ("cat",), own)  # type: ignore[misc]
 
     prepared = prepare(Grouped(), tmp_path / "out", config(near="validation"), workers=ALONE)
     found = [{key.split("-")[0] for key in dataset.keys.tolist()} for dataset in sides(prepared)]

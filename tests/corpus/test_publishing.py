@@ -20,8 +20,10 @@ from scale_wsl.corpus.posts import Post, Reject
 from scale_wsl.corpus.prepare import PrepareConfig, deal, look, prepare, write
 from scale_wsl.corpus.prepare.publish import Place
 from scale_wsl.corpus.shards import Dataset
+from scale_wsl.corpus.sources import open_source
 from scale_wsl.errors import UserError
-from tests.corpus.toy import CONFIG, ToySource
+from tests.corpus.toy import CONFIG, ToySource, noise
+from tests.loading.fakes import encode
 
 
 def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
@@ -208,6 +210,64 @@ def test_kill_9_leaves_nothing_half_made(stage: str, tmp_path: Path, uninterrupt
         Dataset.open(path).verify()
     assert contents(out) == uninterrupted
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", unrelated.name, "out"]
+
+
+@pytest.mark.parametrize("rename", [1, 2, 3, 4])
+def test_an_end_between_the_renames_loses_nothing(
+    rename: int, tmp_path: Path, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    prepare(ToySource(30), out, CONFIG, workers=Workers(count=1))
+    before = contents(out)
+
+    class Ended(Exception):  # noqa: N818
+        pass
+
+    def ending(*arguments: object) -> None:
+        real = Place.publish.__globals__["os"].rename
+        calls = 0
+
+        def renaming(a: object, b: object) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == rename:
+                raise Ended
+            real(a, b)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("scale_wsl.corpus.prepare.publish.os.rename", renaming)
+            publish(*arguments)
+
+    publish = Place.publish
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "publish", ending)
+        with pytest.raises(Ended):
+            prepare(ToySource(), out, CONFIG, workers=Workers(count=1), overwrite=True)
+    assert not out.exists() or contents(out) in (before, uninterrupted)
+    for again in range(2):
+        prepared = prepare(ToySource(), out, CONFIG, workers=Workers(count=1), overwrite=again == 0)
+        Dataset.open(prepared.train).verify()
+        assert contents(out) == uninterrupted
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "out"]
+
+
+def test_images_that_changed_are_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    rows = ["image,hashtags"]
+    for i in range(20):
+        (tmp_path / "images" / f"{i}.png").write_bytes(encode(noise(i)))
+        rows.append(f"{i}.png,cat")
+    (tmp_path / "images" / "posts.csv").write_text("\n".join(rows))
+    source = open_source(str(tmp_path / "images" / "posts.csv"))
+    with monkeypatch.context() as patch:
+        patch.setattr(write.Writer, "__call__", None)
+        with pytest.raises(TypeError):
+            prepare(source, tmp_path / "out", CONFIG, workers=Workers(count=1))
+    for i in range(20):
+        (tmp_path / "images" / f"{i}.png").write_bytes(encode(noise(100 + i)))
+    with pytest.raises(UserError, match="was changed while the data set was being prepared: prepare it again"):
+        prepare(source, tmp_path / "out", CONFIG, workers=Workers(count=1))
+    assert prepare(source, tmp_path / "out", CONFIG, workers=Workers(count=1)).report["train"]["images"] == 14
 
 
 def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ from scale_wsl.corpus.prepare.scan import Scanner, ScanReport, read_scans
 from scale_wsl.corpus.prepare.tables import write_rejects
 from scale_wsl.corpus.prepare.work import Chunk, Span, Work, chunks_of, spans_of
 from scale_wsl.corpus.prepare.write import Writer, dealt_facts, shard_tasks
+from scale_wsl.corpus.shards import Dataset
 from scale_wsl.corpus.writing import write_manifest
 from scale_wsl.errors import UserError
 from scale_wsl.files import published_file
@@ -283,9 +284,12 @@ class _Preparation:
         folder.mkdir(exist_ok=True)
         writer = Writer(work, role, tuple(spans), folder, str(self._vocabulary_file), config.max_bytes)
         what = f"{self.source.name}: {role} shards"
-        run_stage(what, shards, writer, lambda task: work.facts(role, task.number), self.workers, unit=" shards")
+        run_stage(
+            what, shards, writer, lambda task: work.shard_done(role, task.number, folder), self.workers, unit=" shards"
+        )
         facts = [json.loads(work.facts(role, task.number).read_bytes()) for task in shards]
         name = write_manifest(folder, role, self.source.name, vocabulary, facts, about)
+        Dataset.open(folder).close()  # before it takes anything's place
         labels_per_image = Counter[int]()
         for shard in facts:
             labels_per_image.update({int(k): number for k, number in shard["labels_per_image"].items()})

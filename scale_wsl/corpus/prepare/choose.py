@@ -184,13 +184,14 @@ def choose_by_hash(
     """
     salt = np.uint64(derived_seed("split by hash", seed))
     bound = np.uint64(min(int(share * 2**64), 2**64 - 1))
-    joined = _joined_groups(work, chunks, chosen) if has_variants else {}
+    joined, of_first = _joined_groups(work, chunks, chosen) if has_variants else ({}, {})
     thumbnails = [np.empty((0, SIDE, SIDE), np.uint8)]
     for chunk in chunks:
         here = slice(chunk.start, chunk.start + chunk.rows)
         words = _words(work.seen(chunk, ["sha256"]).column("sha256"))[:, 0].copy()
         if has_variants:
-            for i, group in enumerate(work.posts(chunk, ["group"]).column("group").to_pylist()):
+            for i, own in enumerate(work.posts(chunk, ["group"]).column("group").to_pylist()):
+                group = of_first.get(chunk.start + i, own)
                 if group is not None:
                     words[i] = _group_word(joined.get(group, group))
         drawn = (mixed(words ^ salt) < bound) & (chosen.fate[here] == TRAIN)
@@ -204,8 +205,8 @@ def _group_word(group: str) -> int:
     return int.from_bytes(hashlib.sha256(b"group " + group.encode()).digest()[:8], "little")
 
 
-def _joined_groups(work: Work, chunks: Sequence[Chunk], chosen: Chosen) -> dict[str, str]:
-    """The smallest of the groups that copies of one image tie together, for each of these."""
+def _joined_groups(work: Work, chunks: Sequence[Chunk], chosen: Chosen) -> tuple[dict[str, str], dict[int, str]]:
+    """The first of the groups that copies of one image tie together, for each of these; and of each first copy."""
     of_image: defaultdict[int, set[str]] = defaultdict(set)
     involved = np.union1d(chosen.copy, chosen.first)
     first_of = dict(zip(chosen.copy.tolist(), chosen.first.tolist(), strict=True))
@@ -225,7 +226,8 @@ def _joined_groups(work: Work, chunks: Sequence[Chunk], chosen: Chosen) -> dict[
         roots = sorted({root(group) for group in groups})
         for other in roots[1:]:
             parent[other] = roots[0]
-    return {group: root(group) for group in parent}
+    of_first = {first: root(min(groups)) for first, groups in of_image.items()}
+    return {group: root(group) for group in parent}, of_first
 
 
 @dataclass(frozen=True)

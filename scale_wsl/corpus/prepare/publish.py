@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from scale_wsl.corpus.shards import Dataset
 from scale_wsl.errors import UserError
-from scale_wsl.files import sync_folder
+from scale_wsl.files import discard, sync_folder
 
 __all__ = ["FORMAT", "VERSION", "Place", "Prepared"]
 
@@ -110,14 +109,17 @@ class Place:
     def _recover(self) -> None:
         """Finish what a dead run was about to do; holding the lock says that none is at work.
 
-        A crash between the renames of `publish` left no `out`, but two whole ones: the replacement takes its place.
+        A crash between the renames of `publish` left a whole replacement: it takes its place.
         """
-        for whole in (self._new, self._old):
-            if whole.exists() and not self.out.exists():
-                os.rename(whole, self.out)
-                sync_folder(self.out.parent)
-        for path in (self._new, self._old):
-            shutil.rmtree(path, ignore_errors=True)
+        if self._new.exists():
+            if self.out.exists():
+                discard(self._old)
+                os.rename(self.out, self._old)
+            os.rename(self._new, self.out)
+        elif self._old.exists() and not self.out.exists():
+            os.rename(self._old, self.out)
+        sync_folder(self.out.parent)
+        discard(self._old)
 
     def publish(self, whole: Path) -> None:
         """Rename `whole`, which is on the same disk, to `out`, over what is there; the work is done then."""
@@ -128,12 +130,12 @@ class Place:
         else:
             os.rename(whole, self.out)
         sync_folder(self.out.parent)
-        shutil.rmtree(self._old, ignore_errors=True)
+        discard(self._old)
         self.remove_work()
 
     def remove_work(self) -> None:
         """Take away what was kept for another try."""
-        shutil.rmtree(self.work, ignore_errors=True)
+        discard(self.work)
 
     def existing(self, recipe: Mapping[str, Any], *, overwrite: bool) -> Prepared | None:
         """What `out` holds, if it is this preparation whole; None where it is free to be written.

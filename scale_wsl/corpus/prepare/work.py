@@ -21,9 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scale_wsl.files import discard
+
 __all__ = ["Chunk", "Span", "Work", "chunks_of", "spans_of"]
 
 _SPAN = 1 << 18  # posts
+_STALE = "stale"
 
 
 class Chunk(NamedTuple):
@@ -55,11 +58,13 @@ class Work:
     def open(cls, folder: Path, of_input: Mapping[str, Any], of_output: Mapping[str, Any]) -> Work:
         """The work on just this preparation, begun or not; another one's is taken away as far as it is no use."""
         work = cls(folder, _hash(of_input), _hash([of_input, of_output]))
+        if (folder / _STALE).exists():
+            discard(folder)
         folder.mkdir(exist_ok=True)
         for path in folder.iterdir():
             if path not in (work.input, work.output):
-                shutil.rmtree(path, ignore_errors=True)
-        for path in folder.rglob(".*.part"):  # half-made
+                discard(path)
+        for path in folder.rglob(".*.part"):  # half-made, or half-removed
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for part in ("scan", "look"):
             (work.input / part).mkdir(parents=True, exist_ok=True)
@@ -109,6 +114,16 @@ class Work:
     def whole(self) -> Path:
         """What will be renamed to the folder that was asked for."""
         return self.output / "whole"
+
+    def shard_done(self, role: str, number: int, folder: Path) -> Path:
+        """What says that a shard is there: its facts, which count for nothing where its files are gone."""
+        files = [folder / f"{number:06d}.{suffix}" for suffix in ("tar", "parquet")]
+        missing = next((path for path in files if not path.exists()), None)
+        return missing or self.facts(role, number)
+
+    def make_stale(self) -> None:
+        """Say that images have changed since they were looked at, so the next try must begin anew."""
+        (self.folder / _STALE).touch()
 
     def posts(self, chunk: Chunk, columns: Sequence[str]) -> Any:
         """Columns of a chunk's posts, a `pyarrow.Table`."""

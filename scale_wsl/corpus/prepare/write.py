@@ -102,8 +102,10 @@ class Writer:
         try:
             data = fetch(row["path"], row["offset"], row["length"], self.max_bytes)
         except RefusedImage as refused:
+            self.work.make_stale()
             raise UserError(f"cannot read {where} any more: {refused.detail}") from None
         if hashlib.sha256(data).digest() != row["sha256"]:
+            self.work.make_stale()
             raise UserError(f"{where} was changed while the data set was being prepared: prepare it again")
         return data
 

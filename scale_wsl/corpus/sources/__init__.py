@@ -12,7 +12,7 @@ from scale_wsl.corpus.posts import Source
 from scale_wsl.corpus.sources.emoji import EmojiSource
 from scale_wsl.corpus.sources.folder import FolderSource
 from scale_wsl.corpus.sources.openclipart import OpenclipartSource
-from scale_wsl.corpus.sources.table import SUFFIXES, TableSource
+from scale_wsl.corpus.sources.table import SUFFIXES, TableSource, is_table
 from scale_wsl.corpus.sources.webdataset import WebDatasetSource, is_webdataset
 from scale_wsl.errors import UserError
 
@@ -46,6 +46,8 @@ def source_class(name: str) -> type[Any]:
         return SOURCES[name]
     if is_webdataset(name):
         return WebDatasetSource
+    if is_table(name):
+        return TableSource
     path = Path(name)
     if os.path.isdir(path):  # unlike Path's, no error where a folder above may not be searched
         return FolderSource

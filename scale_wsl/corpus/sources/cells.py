@@ -60,14 +60,16 @@ def cells_of(column: Any) -> Sequence[Any]:
         return cells
     try:
         return list(column.to_pylist())
-    except UnicodeDecodeError:  # inside a struct
+    except (ValueError, OverflowError, pa.ArrowException):  # text inside a struct, a time that Python does not know
         return [_value(cell) for cell in column]
 
 
 def _value(cell: Any) -> Any:
+    import pyarrow as pa
+
     try:
         return cell.as_py()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError, pa.ArrowException):
         return None
 
 

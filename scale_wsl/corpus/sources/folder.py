@@ -49,6 +49,7 @@ class FolderSource(PostSource):
             raise UserError("a folder source needs its path: path=FOLDER")
         if not os.path.isdir(self.path):  # unlike Path's, no error where a folder above may not be searched
             raise UserError(f"the image folder {self.path} is not there, or is no folder")
+        object.__setattr__(self, "path", os.path.abspath(self.path))  # whoever reads may be in another folder
         if next(self._images(), None) is None:
             raise UserError(f"there is no image ({', '.join(sorted(_SUFFIXES))}) in {self.path} or its folders")
 

@@ -59,8 +59,9 @@ class Rows:
 class _Lines:
     """The lines of a file as text, one for each call of `next`; bytes that are not UTF-8 become lone surrogates."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, path: str) -> None:
         self._handle = io.BufferedReader(handle, 1 << 20)
+        self._path = path
         self.taken = 0  # bytes since `taken` was set to 0
         self.ended = False
         self._first = True
@@ -69,7 +70,10 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._handle.readline(LONGEST_ROW)
+        try:
+            line = self._handle.readline(LONGEST_ROW)
+        except OSError as error:
+            raise unreadable(self._path, error) from None
         if not line:
             self.ended = True
             raise StopIteration
@@ -98,8 +102,9 @@ def _is_text(value: str) -> bool:
 class _Gathering:
     """Rows on their way into batches."""
 
-    def __init__(self, columns: Sequence[str]) -> None:
+    def __init__(self, columns: Sequence[str], split: TableSplit) -> None:
         self.columns = columns
+        self.where = "" if split.file is None else f"file {split.file}, "
         self._clear()
 
     def _clear(self) -> None:
@@ -109,7 +114,7 @@ class _Gathering:
         self.bytes = 0
 
     def reject(self, number: int, reason: str, detail: str = "") -> None:
-        self.rejects.append(Reject(f"row {number}", reason, detail))
+        self.rejects.append(Reject(f"{self.where}row {number}", reason, detail))
 
     @property
     def full(self) -> bool:
@@ -125,7 +130,7 @@ class _Gathering:
 def _csv_rows(split: TableSplit, columns: Sequence[str], images: bool) -> Iterator[Rows]:
     csv.field_size_limit(LONGEST_ROW)
     with _opened(split) as handle:
-        lines = _Lines(handle)
+        lines = _Lines(handle, split.path)
         try:
             header = next(csv.reader(lines, strict=True), [])
         except (csv.Error, _TooLongError) as error:
@@ -135,7 +140,7 @@ def _csv_rows(split: TableSplit, columns: Sequence[str], images: bool) -> Iterat
         _check_columns(split.path, columns, header)
         places = [header.index(column) for column in columns]
         width = len(header)
-        gathering = _Gathering(columns)
+        gathering = _Gathering(columns, split)
         number = 0
         while not lines.ended:
             reader = csv.reader(lines, strict=True)  # after a mistake, a new one: the next line is a row's first
@@ -171,8 +176,8 @@ def _csv_rows(split: TableSplit, columns: Sequence[str], images: bool) -> Iterat
 
 def _json_rows(split: TableSplit, columns: Sequence[str], images: bool) -> Iterator[Rows]:
     with _opened(split) as handle:
-        lines = _Lines(handle)
-        gathering = _Gathering(columns)
+        lines = _Lines(handle, split.path)
+        gathering = _Gathering(columns, split)
         number = 0
         checked = False
         while not lines.ended:

@@ -21,12 +21,13 @@ from scale_wsl.errors import UserError
 from scale_wsl.hashtags import find_hashtags_in
 from scale_wsl.recipe import setting
 
-__all__ = ["SUFFIXES", "TableSource"]
+__all__ = ["SUFFIXES", "TableSource", "is_table"]
 
 SUFFIXES = tuple(READERS)
 """How the name of a table file ends."""
 
 _LONGEST_TEXT = 1 << 20  # characters of a post's hashtags or caption
+_LONGEST_PATH = 4096  # characters, as no file system takes more
 _HASHED = 1 << 30  # bytes of a table up to which the fingerprint is of its contents
 
 
@@ -58,6 +59,10 @@ class TableSource(Source):
         DatasetName("train", self.name, 0, 0)
         if not self.path:
             raise UserError("a table source needs its path: path=FILE")
+        for field in ("path", "root"):  # whoever reads may be in another folder
+            value = getattr(self, field)
+            if value is not None and not is_remote(value):
+                object.__setattr__(self, field, os.path.abspath(value))
         find_files(self.path, SUFFIXES)
         if not is_remote(self._root) and not os.path.isdir(self._root):
             raise UserError(f"the folder of the images, {self._root}, is not there")
@@ -133,6 +138,20 @@ class TableSource(Source):
         yield from READERS[suffix](split, list(dict.fromkeys(columns)), images)
 
 
+def is_table(path: str) -> bool:
+    """Whether a user's path means tables: an address in an object store, a pattern for some, or a folder of nothing but
+    tables."""
+    if is_remote(path):
+        return True
+    if os.path.isdir(path):
+        try:
+            names = [entry.name for entry in os.scandir(path) if not entry.name.startswith((".", "_"))]
+        except OSError:  # told by whoever reads it
+            return False
+        return bool(names) and all(os.path.splitext(name)[1].lower() in SUFFIXES for name in names)
+    return any(sign in path for sign in "*?[") and path.lower().endswith(SUFFIXES)
+
+
 class _Posts:
     """Turns rows into posts."""
 
@@ -197,7 +216,7 @@ class _Posts:
             return "not UTF-8"
         if isinstance(value, bytes):
             return "data", value
-        if not isinstance(value, str) or not value or "\0" in value or not _is_path(value):
+        if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_PATH or "\0" in value or not _is_path(value):
             return f"no image: {_brief(value)}"
         if value.startswith(("http://", "https://")):
             return "image by URL, which scale-wsl download fetches"
@@ -230,7 +249,7 @@ class _Tags:
         strings = pa.list_(pa.string())
         if isinstance(column, pa.Array) and is_list_of_text(column.type) and not is_caption:
             lists = column.cast(strings)
-            if is_utf8(lists.flatten()):
+            if is_utf8(values := lists.flatten()) and values.nbytes <= _LONGEST_TEXT * max(1, len(lists) // 64):
                 self.lists = lists
                 return
         self.lists = pa.array(self._parsed(cells_of(column), is_caption), strings)
@@ -251,7 +270,10 @@ class _Tags:
                 else:
                     found[i] = tuple(map(_whole, split_hashtags(cell)))
             elif not is_caption and isinstance(cell, list) and all(isinstance(tag, str) for tag in cell):
-                found[i] = tuple(map(_whole, cell))
+                if sum(map(len, cell)) > _LONGEST_TEXT:
+                    self.bad[i] = f"text too long: more than {_LONGEST_TEXT:,} characters of hashtags"
+                else:
+                    found[i] = tuple(map(_whole, cell))
             else:
                 self.bad[i] = f"no hashtags: {_brief(cell)}"
         tags, offsets = find_hashtags_in([cells[i] for i in captions])

@@ -71,6 +71,7 @@ class WebDatasetSource(PostSource):
             raise UserError("a webdataset source needs its path: path=FOLDER")
         if not 1 <= self.max_bytes <= 1 << 32:
             raise UserError(f"max_bytes is {self.max_bytes}, but must be between 1 and {1 << 32:,}")
+        object.__setattr__(self, "path", os.path.abspath(self.path))  # whoever reads may be in another folder
         self.tars()
         _check_finished(Path(self.path))
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scale_wsl.corpus.posts import Reject, key_of
-from scale_wsl.corpus.sources import TableSource
+from scale_wsl.corpus.sources import FolderSource, TableSource, open_source, source_class
 from scale_wsl.corpus.sources import rows as rows_module
 from scale_wsl.errors import UserError
 
@@ -159,6 +159,31 @@ def test_a_large_parquet_file_is_read_in_parts(tmp_path: Path, monkeypatch: pyte
     assert [post.key for post in whole] == [f"{i:09d}" for i in range(1, 1001)]
 
 
+@pytest.mark.parametrize("where", ["tables", "tables/*.csv", "tables/a.csv", "s3://bucket/posts/"])
+def test_a_users_path_of_tables_is_known(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tables").mkdir()
+    write_csv(tmp_path / "tables" / "a.csv", ROWS)
+    monkeypatch.chdir(tmp_path)
+    assert source_class(where) is TableSource
+    if "://" not in where:
+        source = open_source(where)
+        monkeypatch.chdir("/")  # as a worker of another machine
+        (batch,) = source.read(source.splits()[0], images=True)  # type: ignore[attr-defined]
+        assert batch.posts.column("path")[0].as_py() == os.fsencode(tmp_path / "tables" / "a.png")
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.csv").write_text("x")
+    (tmp_path / "mixed" / "a.png").write_text("x")
+    assert source_class(str(tmp_path / "mixed")) is FolderSource
+
+
+def test_times_that_python_does_not_know(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    times = pa.array([2**55, 1], pa.timestamp("ms"))
+    table = pa.table({"image": ["a.png", "b.png"], "hashtags": ["cat", "dog"], "user": times})
+    pq.write_table(table, path)
+    assert [post.hashtags for post in read(path, group="user")] == [("cat",), ("dog",)]
+
+
 # --- hostile input ---------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +235,8 @@ def test_lists_of_hashtags_and_images_in_the_table(tmp_path: Path) -> None:
         ({"image": "a.png", "hashtags": [3]}, "no hashtags"),
         ({"image": "a.png", "hashtags": {"a": "b"}}, "no hashtags"),
         ({"image": "a.png", "hashtags": "x" * 2_000_000}, "text too long"),
+        ({"image": "a.png", "hashtags": ["x" * 2_000_000]}, "text too long"),
+        ({"image": "a/" * 100_000, "hashtags": "a"}, "no image"),
     ],
 )
 def test_cells_of_another_type(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -233,7 +260,7 @@ GOOD_CSV = b"image,hashtags\na.png,cat\n"
         ("a.csv", b"a,b,c\n\n\n", ["malformed row"]),
         ("a.csv", b'a.png,"dog" and\n', ["malformed row"]),
         ("a.csv", b"b.png," + b"d" * 10_000_000 + b"\n", ["text too long"]),
-        ("a.csv", b"b" * 10_000_000 + b".png,dog\n", []),
+        ("a.csv", b"b" * 10_000_000 + b".png,dog\n", ["no image"]),
         ("a.csv", b'b.png,"dog' + b"\nx" * 2_000, ["malformed row"]),
         ("a.jsonl", b"[1]\n", ["malformed row"]),
         ("a.jsonl", b"[" * 100_000 + b"\n", ["malformed row"]),
@@ -252,6 +279,14 @@ def test_a_bad_row_is_told_and_the_next_one_is_read(
     assert sorted(reject.reason for reject in rejects) == sorted(reasons)
     good_posts = [post for post in posts if post.hashtags == ("cat",)]
     assert len(good_posts) == (1 if b"\nx" in content else 2)
+
+
+def test_a_list_of_one_enormous_hashtag(tmp_path: Path) -> None:
+    tags = [["cat"], ["x" * 10_000_000], ["dog"]]
+    write_parquet(tmp_path / "a.parquet", [{"image": f"{i}.png", "hashtags": row} for i, row in enumerate(tags)])
+    posts, (reject,) = batches(tmp_path / "a.parquet")
+    assert [post.hashtags for post in posts] == [("cat",), ("dog",)]
+    assert (reject.key, reject.reason) == ("000000002", "text too long")
 
 
 def test_text_in_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
