@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from scale_wsl.corpus.addresses import Guard
-from scale_wsl.corpus.images import EXTENSIONS, RefusedImage
+from scale_wsl.corpus.images import EXTENSIONS, RefusedImage, opened
 from scale_wsl.corpus.opener import Budget, Opener
 from scale_wsl.files import sync_folder
 
@@ -196,17 +196,13 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         RefusedImage: It has none, or more pixels than the limit.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
+        return opened(data, max_pixels)
+    except RefusedImage:
+        raise
     except Image.DecompressionBombError as error:
         raise RefusedImage("too many pixels", str(error)) from None
     except Exception as error:  # whatever Pillow's readers run into
         raise RefusedImage("undecodable", f"{type(error).__name__}, {len(data):,} bytes") from None
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise RefusedImage("undecodable", f"{width} x {height} pixels")
-    if width * height > max_pixels:
-        raise RefusedImage("too many pixels", f"{width} x {height} are more than the limit of {max_pixels:,}")
-    return image
 
 
 class _Resizer:

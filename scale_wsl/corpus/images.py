@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["EXTENSIONS", "LARGEST_MAX_PIXELS", "SIDE", "Look", "RefusedImage", "look", "small_picture"]
+__all__ = ["EXTENSIONS", "LARGEST_MAX_PIXELS", "SIDE", "Look", "RefusedImage", "look", "opened", "small_picture"]
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 """The formats that are taken, those that the loader decodes, and the extension that each gets in a shard."""
@@ -61,7 +61,7 @@ def look(data: bytes, max_pixels: int) -> Look:
         RefusedImage: The bytes are truncated, damaged, empty, of another format, or of too many pixels.
     """
     with _judged():
-        image = _opened(data, max_pixels)
+        image = opened(data, max_pixels)
         extension = EXTENSIONS[image.format or ""]
         width, height = image.size
         if extension == "jpg":
@@ -87,7 +87,7 @@ def small_picture(data: bytes, max_pixels: int, side: int) -> Image.Image:
         RefusedImage: The bytes are truncated, damaged, empty, of another format, or of too many pixels.
     """
     with _judged():
-        image = _opened(data, max_pixels)
+        image = opened(data, max_pixels)
         if image.format == "JPEG":
             image.draft("RGB", (2 * side, 2 * side))
         image.load()
@@ -100,8 +100,13 @@ def small_picture(data: bytes, max_pixels: int, side: int) -> Image.Image:
         return _upright(image, _over_white(small))
 
 
-def _opened(data: bytes, max_pixels: int) -> Image.Image:
-    """The image whose header this is, within the limit; nothing is decoded yet."""
+def opened(data: bytes, max_pixels: int) -> Image.Image:
+    """The image whose header this is; nothing is decoded yet.
+
+    Raises:
+        RefusedImage: It has no pixels, or more than the limit.
+        Exception: Whatever Pillow's readers run into.
+    """
     image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
     width, height = image.size
     if width < 1 or height < 1:

@@ -219,7 +219,8 @@ def test_what_is_found_is_found_again_and_never_raises_later(text: str) -> None:
 def test_hostile_text_takes_linear_time(unit: str) -> None:
     """Ten times as long takes about ten times as long: a quadratic rule would take a hundred times, and hours at 10 MB.
 
-    Long texts, for a clock's grain; the smallest of some trials, for a busy machine.
+    A ratio of CPU times in one process, never a time: long texts, for a clock's grain; the smallest of some trials, for
+    a busy machine. The bound is far from both, 10 and 100.
     """
 
     def seconds(length: int) -> float:

@@ -54,7 +54,7 @@ _AT_ONCE = 1 << 22  # hashes that are compared at a time: 24 bytes each, and as 
 class Chosen:
     """What becomes of every post, N of them.
 
-    Takes 1 byte for each post, 16 for each exact copy, and the hashtags of these.
+    Takes 1 byte for each post and 16 for each exact copy; some 200 more, and its hashtags, while choices are written.
     """
 
     fate: NDArray[np.int8]
